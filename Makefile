@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv. `make` or `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+setup: $(STAMP) ## Make .venv with everything in it (versions of constraints.txt)
+
+demo: $(STAMP) ## Upcycle SmolLM2-135M to MLA, distil it and write the report (about ten minutes on two cores)
+	$(BIN)/posttrain run x_ecomla scale=demo
+
+test: $(STAMP) ## Run the tests (under ten minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP) ## Check style and imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,97 @@
+"""The `posttrain` command: one module a verb; errors become one message and an exit code here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from posttrain import __version__
+from posttrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, PosttrainError
+
+COMMANDS = {
+    "run": "run",
+    "plan": "plan",
+    "status": "status",
+    "logs": "logs",
+    "resume": "resume",
+    "cancel": "cancel",
+    "report": "report",
+    "list": "list_",
+    "show": "show",
+    "verify": "verify",
+    "clean": "clean",
+}
+HIDDEN = {"worker": "worker"}
+# typer brings its own copy of click from 0.24 on and uses the real one before; this is the class of either.
+UsageError = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    name="posttrain",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="One YAML recipe is the whole post-training pipeline.",
+    epilog="Exit codes: 0 done, 1 a stage failed, 2 bad input (nothing ran), 75 stopped and resumable, 130 interrupted.",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"posttrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def register(names: dict[str, str], *, hidden: bool = False) -> None:
+    """Add those commands to the app; a command's function is `posttrain.cli.MODULE.command`."""
+    for name, module in names.items():
+        command = import_module(f"posttrain.cli.{module}").command
+        # `~stages.x` and `+scale=x` are ordinary arguments; only real options start with a dash.
+        app.command(name, hidden=hidden)(command)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
+    # Importing one module instead of all keeps a single command as quick as it can be; help needs them all.
+    every = COMMANDS | HIDDEN
+    if asked in every:
+        register({asked: every[asked]}, hidden=asked in HIDDEN)
+    else:
+        register(COMMANDS)
+    try:
+        code = app(standalone_mode=False)
+    except PosttrainError as error:
+        sys.exit(_report(error))
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
+    except UsageError as error:
+        error.show()
+        sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        # The reader of our output went away (`posttrain logs | head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: PosttrainError) -> int:
+    count = len(error.problems)
+    if count > 1:
+        typer.echo(f"posttrain: {count} problems", err=True)
+    for problem in error.problems:
+        text = str(problem).replace("\n", "\n  ") if count > 1 else str(problem)
+        typer.echo(f"  - {text}" if count > 1 else f"posttrain: {text}", err=True)
+    return error.exit_code
