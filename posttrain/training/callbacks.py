@@ -1,0 +1,80 @@
+"""What happens at every optimiser step: report, save, stop."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from posttrain.pipeline.context import StageContext
+
+
+class StageCallback(TrainerCallback):
+    """Reports progress and metrics to the stage's context, and asks for a save when one is due or a stop is wanted."""
+
+    def __init__(self, ctx: StageContext, tokens_per_step: int, save_every: int, save_seconds: float) -> None:
+        self.ctx = ctx
+        self.tokens_per_step = tokens_per_step
+        self.save_every = save_every
+        self.save_seconds = save_seconds
+        self.stopped = False
+        self.seconds = 0.0
+        self.steps = 0
+        """Training time and optimiser steps of this attempt, without those of attempts before."""
+        self._began = self._saved = time.monotonic()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate of this attempt so far, saves included; 0 before the first step."""
+        return self.steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = self._saved = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        now = time.monotonic()
+        self.steps += 1
+        self.seconds = now - self._began
+        last = state.global_step >= state.max_steps
+        if self.ctx.should_stop():
+            self.stopped = control.should_training_stop = control.should_save = True
+        elif not last and self._due(state.global_step, now):
+            control.should_save = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        row = history_row({**logs, "step": state.global_step})
+        step = row.pop("step")
+        rate = round(self.tokens_per_second, 1)
+        self.ctx.log_metrics(step, **row, tokens_per_second=rate)
+        self.ctx.progress(step, state.max_steps, "step", loss=row["loss"], tokens_per_second=rate)
+
+    def _due(self, step: int, now: float) -> bool:
+        by_steps = self.save_every > 0 and step % self.save_every == 0
+        by_time = self.save_seconds > 0 and now - self._saved >= self.save_seconds
+        return by_steps or by_time
+
+
+def history_row(entry: dict[str, float]) -> dict[str, float]:
+    """A row of a history artifact from an entry of the trainer's log: values that are the same on every run."""
+    renamed = {"learning_rate": "lr"}
+    return {"step": entry["step"]} | {
+        renamed.get(name, name): value for name, value in entry.items() if name not in ("step", "epoch", "total_flos")
+    }

@@ -1,0 +1,75 @@
+"""A tiny student, teacher and dataset on disk, and a stage context over them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+from conftest import make_source
+
+from posttrain.methods.distillation import Distill, DistillConfig
+from posttrain.pipeline.context import InputArtifact, StageContext
+from posttrain.pipeline.stage import ArtifactMeta
+
+STAGE = Distill()
+SMALL = {
+    "max_steps": 5,
+    "tokens_per_step": 128,
+    "sequence_length": 32,
+    "micro_batch_size": 2,
+    "chunk_tokens": 20,
+    "lr": 1e-2,
+    "warmup_ratio": 0.2,
+    "save_seconds": 0,
+}
+
+
+def write_dataset(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir(parents=True)
+    rows = "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
+    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+    digest = hashlib.sha256(rows.encode()).hexdigest()
+    card = {"name": "words", "split": "train", "rows": len(texts), "bytes": len(rows.encode()), "sha256": digest}
+    (folder / "dataset.json").write_text(json.dumps(card), encoding="utf-8")
+    return folder
+
+
+def words(documents: int, length: int = 12, seed: int = 0) -> list[str]:
+    pick = random.Random(seed)
+    names = ["alpha", "beta", "gamma", "delta", "omega"]
+    return [" ".join(pick.choice(names) for _ in range(length)) for _ in range(documents)]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folders `student`, `teacher` (untied head, other widths, same vocabulary) and `data`."""
+    from posttrain.models.loading import save_model
+    from posttrain.models.tiny import tiny_tokenizer
+
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = tiny_tokenizer()
+    save_model(make_source("llama", seed=1), tokenizer, root / "student")
+    teacher = make_source("qwen2", seed=2, hidden_size=48, num_hidden_layers=1, tie_word_embeddings=False)
+    save_model(teacher, tokenizer, root / "teacher")
+    write_dataset(root / "data", words(20))
+    return root
+
+
+@pytest.fixture
+def context(world, tmp_path):
+    """Make a context: `context(work="a", max_steps=3, teacher=folder)`."""
+
+    def make(work: str = "work", **changes) -> StageContext:
+        folders = {name: changes.pop(name, world / name) for name in STAGE.inputs}
+        config = DistillConfig(**{**SMALL, **changes})
+        work_dir = tmp_path / work
+        work_dir.mkdir(exist_ok=True)
+        inputs = {
+            name: InputArtifact(folder, ArtifactMeta(type=STAGE.inputs[name].type)) for name, folder in folders.items()
+        }
+        return StageContext("distill", config, work_dir, inputs, seed=3)
+
+    return make
