@@ -1,0 +1,66 @@
+"""`posttrain cancel [RUN]`: stop a run so that it can be resumed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from posttrain.pipeline.run_dir import RunDir
+
+
+def command(
+    run: Annotated[str | None, typer.Argument(help="Run name or its beginning; the newest run when omitted.")] = None,
+    now: Annotated[bool, typer.Option("--now", help="Kill the worker instead of letting it save its state.")] = False,
+    outputs: Annotated[Path, typer.Option(metavar="DIR", help="The outputs folder.")] = Path("outputs"),
+) -> None:
+    """Ask a run to save its state and stop, and wait until it has."""
+    from posttrain.pipeline.lock import held
+    from posttrain.pipeline.run_dir import find_run
+
+    found = find_run(run, outputs.absolute())
+    if not request_stop(found, now=now):
+        typer.echo(f"run {found.name} is not running")
+        return
+    while held(found.lock_path):
+        time.sleep(0.1)
+    typer.echo(f"run {found.name} has stopped; continue it with: posttrain resume {found.name}")
+
+
+def request_stop(run: RunDir, *, now: bool = False) -> bool:
+    """Tell the run's worker and its runner to stop; false when nobody executes the run."""
+    from posttrain.launch.job import LOCK, STOP
+    from posttrain.launch.local import kill_process
+    from posttrain.pipeline.events import EventLog
+    from posttrain.pipeline.lock import held, holder
+
+    working = [folder for folder in work_dirs_of(run) if held(folder / LOCK)]
+    if not held(run.lock_path) and not working:
+        return False
+    EventLog(run.events_path).append("stop_requested", source="cancel", now=now)
+    for folder in working:
+        (folder / STOP).touch()
+        owner = holder(folder / LOCK) if now else None
+        if owner is not None:
+            kill_process(owner)
+    return True
+
+
+def work_dirs_of(run: RunDir) -> list[Path]:
+    """Work folders in which stages of this run are computed for this run, not for another one that shares a key."""
+    from posttrain.errors import StageError
+    from posttrain.launch.job import Job
+    from posttrain.pipeline.store import Store
+
+    found = []
+    for stage in run.record()["stages"]:
+        folder = Store(run.outputs / "store").work_dir(stage["type"], stage["key"])
+        try:
+            if Path(Job.read(folder).events).resolve() == run.events_path.resolve():
+                found.append(folder)
+        except StageError:
+            continue
+    return found

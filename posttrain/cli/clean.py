@@ -1,0 +1,111 @@
+"""`posttrain clean`: remove what nobody needs any more from the outputs folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from posttrain.pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder that may go, why, and its size in bytes; `restore` marks one that goes back into place instead."""
+
+    folder: Path
+    why: str
+    bytes: int
+    restore: bool = False
+
+
+def command(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this, only show it.")] = False,
+    outputs: Annotated[Path, typer.Option(metavar="DIR", help="The outputs folder.")] = Path("outputs"),
+) -> None:
+    """Remove abandoned work folders and artifacts that no run refers to; never what a live process holds."""
+    from posttrain.pipeline.plan_text import size
+
+    found = leftovers(outputs)
+    if not found:
+        typer.echo("nothing to clean")
+        return
+    for one in found:
+        typer.echo(f"{size(one.bytes):>10}  {one.folder.relative_to(outputs)}  {one.why}")
+    total = size(sum(one.bytes for one in found if not one.restore))
+    if not yes:
+        typer.echo(f"{total} would be freed: posttrain clean --yes")
+        return
+    remove(found)
+    typer.echo(f"{total} freed")
+
+
+def leftovers(outputs: Path) -> list[Leftover]:
+    """What `clean` removes: work folders that no run can resume, and artifacts that no run refers to."""
+    from posttrain.pipeline.lock import held
+    from posttrain.pipeline.run_dir import list_runs
+    from posttrain.pipeline.store import Store
+
+    store = Store(outputs / "store")
+    wanted = {(stage["type"], stage["key"]) for run in list_runs(outputs) for stage in run.record()["stages"]}
+    found = []
+    for folder in store.work_dirs():
+        identity = (folder.parent.name, folder.name.removeprefix(".work-"))
+        if held(folder / "lock") or held(folder / "runner"):
+            continue
+        if store.folder(*identity).exists() and not store.aside(*identity).exists():
+            found.append(_leftover(folder, "work folder of a finished artifact"))
+        elif identity not in wanted:
+            found.append(_leftover(folder, "abandoned work folder"))
+    for folder in store.artifacts():
+        identity = (folder.parent.name, folder.name)
+        if identity not in wanted and not held(store.work_dir(*identity) / "lock"):
+            found.append(_leftover(folder, "no run refers to it"))
+    return found + _set_aside(store, wanted)
+
+
+def _set_aside(store: Store, wanted: set[tuple[str, str]]) -> list[Leftover]:
+    """Artifacts that a forced rerun had set aside and that died before it ended."""
+    from posttrain.pipeline.lock import held
+
+    found = []
+    for folder in sorted(store.root.glob("*/.old-*")):
+        identity = (folder.parent.name, folder.name.removeprefix(".old-"))
+        work_dir = store.work_dir(*identity)
+        if work_dir.exists() and (held(work_dir / "lock") or identity in wanted):
+            continue
+        replaced = store.folder(*identity).exists() or identity not in wanted
+        why = "replaced by a forced rerun" if replaced else "set aside by a forced rerun that never ended: put back"
+        found.append(_leftover(folder, why, restore=not replaced))
+    return found
+
+
+def _leftover(folder: Path, why: str, *, restore: bool = False) -> Leftover:
+    from posttrain.pipeline.files import list_files
+
+    return Leftover(folder, why, sum(path.lstat().st_size for path in list_files(folder).values()), restore)
+
+
+def remove(found: list[Leftover]) -> None:
+    """Remove (or put back) each of them; a work folder only while its lock is ours."""
+    import os
+    from shutil import rmtree
+
+    from posttrain.pipeline.lock import Lock, LockHeld
+
+    for one in found:
+        if one.restore:
+            os.rename(one.folder, one.folder.with_name(one.folder.name.removeprefix(".old-")))
+        elif one.folder.name.startswith(".work-"):
+            try:
+                with Lock.acquire(one.folder / "lock"):
+                    rmtree(one.folder)
+            except LockHeld:
+                continue
+        else:
+            # An artifact without its manifest is none: a crash in between leaves nothing that could be taken for one.
+            (one.folder / "manifest.json").unlink(missing_ok=True)
+            rmtree(one.folder)

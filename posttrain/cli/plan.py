@@ -1,0 +1,50 @@
+"""`posttrain plan RECIPE [key=value …]`: what would run, why, and what it would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value …]", help="Settings, in Hydra's grammar.")
+    ] = None,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="This stage and what needs it.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage and what it needs.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage alone.")] = None,
+    force: Annotated[
+        list[str] | None, typer.Option(metavar="STAGE", help="Plan this stage although it is in the store.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run's folder.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
+    config_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
+    ] = None,
+) -> int:
+    """Show the stages of a recipe: in the store or to do, why, and at what cost. Nothing is run or written."""
+    from posttrain.config.recipe import load_recipe
+    from posttrain.errors import EXIT_DONE, RecipeError
+    from posttrain.pipeline.guard import guard
+    from posttrain.pipeline.plan import make_plan
+    from posttrain.pipeline.plan_text import render
+
+    resolved = load_recipe(recipe, overrides or [], config_dir=config_dir)
+    plan = make_plan(resolved, from_, until, only, force or (), name=name)
+    if json_:
+        import json
+
+        typer.echo(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))
+        return EXIT_DONE
+    try:
+        unknown = guard(plan)
+    except RecipeError as error:
+        # Looking at the cost is what a plan is for: what would stop `run` is said, and is no failure here.
+        typer.echo(render(plan))
+        typer.echo("\n`posttrain run` would stop here:\n" + "\n".join(str(problem) for problem in error.problems))
+        return EXIT_DONE
+    typer.echo(render(plan, unknown))
+    return EXIT_DONE

@@ -1,0 +1,69 @@
+"""`posttrain run RECIPE [key=value …]`: plan a recipe and do what is not done yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from posttrain.pipeline.plan import Plan
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value …]", help="Settings, in Hydra's grammar.")
+    ] = None,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="This stage and what needs it.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage and what it needs.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage alone.")] = None,
+    force: Annotated[
+        list[str] | None, typer.Option(metavar="STAGE", help="Run this stage although it is in the store; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run's folder.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Run although it is expensive or may not fit.")] = False,
+    config_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
+    ] = None,
+) -> int:
+    """Run a recipe: what is in the store already is not done again.
+
+    Exit codes: 0 done, 1 a stage failed, 2 bad input (nothing ran), 75 stopped and resumable, 130 interrupted.
+    """
+    from posttrain.config.recipe import load_recipe
+    from posttrain.pipeline.plan import make_plan
+
+    resolved = load_recipe(recipe, overrides or [], config_dir=config_dir)
+
+    def make() -> Plan:
+        return make_plan(resolved, from_, until, only, force or (), name=name)
+
+    if dry_run:
+        from posttrain.pipeline.guard import guard
+        from posttrain.pipeline.plan_text import render
+
+        plan = make()
+        typer.echo(render(plan, guard(plan) if not yes else ()))
+        return 0
+    return execute(make, yes=yes)
+
+
+def execute(make: Callable[[], Plan], *, yes: bool = False) -> int:
+    """Run the plan that `make()` returns with live progress; prints how it ended and returns the exit code."""
+    from posttrain.cli.live import Live
+    from posttrain.errors import EXIT_DONE
+    from posttrain.pipeline.runner import plan_and_run
+
+    with Live() as live:
+        result = plan_and_run(make, live, yes=yes)
+    if result.message:
+        typer.echo(f"posttrain: {result.message}", err=True)
+    if result.exit_code == EXIT_DONE:
+        typer.echo(f"run: {result.run_dir.path}")
+    if result.report is not None:
+        typer.echo(f"report: {result.report}")
+    return result.exit_code

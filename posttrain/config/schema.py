@@ -1,0 +1,93 @@
+"""The frame of a recipe: everything but the stages' own settings. Defaults live here, YAML says only what differs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: unknown keys are errors, values do not change once read."""
+
+    # Deferred: a section is built within the frame, and by itself only if somebody validates it alone.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True, defer_build=True
+    )
+
+
+class Run(Section):
+    """This run: its name and what it may cost."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Folder name under outputs/runs. null: the recipe's name and 8 hexadecimal digits of its content.",
+    )
+    limit_hours: float = Field(
+        1.0, gt=0, description="Hours of computing above which a run stops at the plan and asks for --yes."
+    )
+
+
+class Paths(Section):
+    """Where results go."""
+
+    outputs: str = Field("outputs", min_length=1, description="Folder of store and runs, made when a run starts.")
+
+
+class Engine(Section):
+    """What a stage computes on."""
+
+    name: str = Field("auto", description="The option chosen from conf/engine.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when a device is there, else cpu.")
+    ranks: int = Field(1, ge=1, le=1, description="Processes per node; one until several ranks are supported.")
+    nodes: int = Field(1, ge=1, le=1, description="Machines; one until several are supported.")
+
+
+class Launcher(Section):
+    """What starts the stages' processes."""
+
+    name: str = Field("local", description="The option chosen from conf/launcher.")
+    type: Literal["local"] = Field("local", description="local: a child process of the command.")
+
+
+class Tracker(Section):
+    """Where training curves are sent, besides the metrics that every stage writes to its own folder."""
+
+    name: Literal["none", "wandb"] = Field("none", description="none, or wandb (imported only when chosen).")
+    project: str = Field("posttrain", min_length=1, description="The tracker's project.")
+    mode: Literal["offline", "online"] = Field(
+        "offline", description="offline: written beside the run and sent later with `wandb sync`; online: sent at once."
+    )
+
+
+class Frame(Section):
+    """A whole recipe, with the stages and sources as plain mappings; those are checked by their own types."""
+
+    description: str = Field("", description="What the recipe does, in a sentence.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every stage's random numbers.")
+    run: Run = Field(default_factory=Run, description="This run.")
+    paths: Paths = Field(default_factory=Paths, description="Where results go.")
+    engine: Engine = Field(default_factory=Engine, description="What a stage computes on: `engine=OPTION`.")
+    launcher: Launcher = Field(default_factory=Launcher, description="What starts the stages: `launcher=OPTION`.")
+    tracker: Tracker = Field(default_factory=Tracker, description="Where curves are sent: `tracker=OPTION`.")
+    model: dict[str, Any] | None = Field(None, description="The source model: `model=OPTION`.")
+    models: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Further models: `model@models.NAME=OPTION`."
+    )
+    data: dict[str, Any] | None = Field(None, description="The recipe's data: `data=OPTION`.")
+    datasets: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Further data: `data@datasets.NAME=OPTION`."
+    )
+    stages: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Stage name to its type, inputs and settings."
+    )
+    scales: dict[str, list[str]] = Field(
+        default_factory=dict, description="Scale name to a list of overrides, applied before the user's own."
+    )
+
+
+SOURCE_SECTIONS = {"model": "model_source", "data": "data_source"}
+"""Sections that are themselves one source stage, and its type."""
+SOURCE_GROUPS = {"models": "model_source", "datasets": "data_source"}
+"""Sections that hold further source stages by name."""

@@ -1,0 +1,208 @@
+"""The composed mapping against its schemas: frame, sources, stages and the references between them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from posttrain.config import registry
+from posttrain.config.documents import KeyPath
+from posttrain.config.explain import instead, problems_of, show_value
+from posttrain.config.origins import Origin, Origins
+from posttrain.config.schema import SOURCE_GROUPS, SOURCE_SECTIONS, Frame
+from posttrain.config.suggest import among, nearest
+from posttrain.errors import Problem
+
+if TYPE_CHECKING:
+    from posttrain.pipeline.stage import Stage, StageConfig
+
+SECTIONS = tuple(Frame.model_fields)
+
+
+@dataclass
+class Checked:
+    """A checked recipe: sources and stages by name, and everything that is wrong with it."""
+
+    frame: Frame = field(default_factory=Frame)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+class Checker:
+    """Checks one composed recipe; `doubtful` are sections that stand for an option that does not exist."""
+
+    def __init__(self, data: dict[str, Any], origins: Origins, doubtful: set[KeyPath] | None = None) -> None:
+        self.data = data
+        self.origins = origins
+        self.doubtful = doubtful or set()
+        self.result = Checked()
+        self.pairs: dict[str, tuple[Stage, StageConfig]] = {}
+        self.untyped: set[str] = set()
+
+    def check(self) -> Checked:
+        """Check everything; never stops at the first problem."""
+        self._targets(self.data, ())
+        sections = self._frame()
+        for path, type_name in self._sources(sections):
+            self._source(path, type_name)
+        stages = sections.get("stages")
+        for name in stages if isinstance(stages, dict) else ():
+            if isinstance(stages[name], dict):
+                self._stage(str(name), stages[name])
+            else:
+                self.untyped.add(str(name))
+        self._references()
+        self.result.stages = {name: config for name, (_, config) in self.pairs.items()}
+        return self.result
+
+    def add(self, what: str, where: str, fix: str = "") -> None:
+        self.result.problems.append(Problem(what, where, fix))
+
+    def _targets(self, value: Any, path: KeyPath) -> None:
+        if isinstance(value, dict):
+            if "_target_" in value:
+                from posttrain.config.overrides import refused_target
+
+                self.result.problems.append(refused_target(self.origins.of((*path, "_target_")).where))
+                del value["_target_"]
+            for key, item in value.items():
+                self._targets(item, (*path, key))
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                self._targets(item, (*path, index))
+
+    def _frame(self) -> dict[str, Any]:
+        data = dict(self.data)
+        for key in [key for key in data if key not in SECTIONS]:
+            self._unknown_section(str(key))
+            del data[key]
+        try:
+            self.result.frame = Frame.model_validate(data)
+        except ValidationError as error:
+            self.result.problems += problems_of(error, Frame, (), data, self.origins)
+        return data
+
+    def _unknown_section(self, key: str) -> None:
+        origin = self.origins.of((key,))
+        places = self.origins.below((key,)) or [origin]
+        stages = self.data.get("stages")
+        stage = nearest(key, stages) if isinstance(stages, dict) else None
+        guess = nearest(key, SECTIONS)
+        for place in places if places[0].argument is not None else places[:1]:
+            fix = f"the sections are {among(SECTIONS)}"
+            if place.argument is not None:
+                rest = [str(part) for part in place.argument.path[1:]]
+                if not rest and nearest(key, [*SECTIONS, "scale"]) == "scale":
+                    fix = f"write {place.argument.with_key('scale')}"
+                elif guess and (stage is None or not rest):
+                    fix = f"write {place.argument.with_key('.'.join([guess, *rest]))}"
+                elif stage:
+                    fix = f"write {place.argument.with_key('.'.join(['stages', stage, *rest]))}"
+            elif guess:
+                fix = f"write {guess} instead of {key}"
+            self.add(f"the recipe has no section `{key}`", place.where, fix)
+
+    def _sources(self, data: dict[str, Any]) -> list[tuple[KeyPath, str]]:
+        found: list[tuple[KeyPath, str]] = []
+        for section, type_name in SOURCE_SECTIONS.items():
+            if isinstance(data.get(section), dict):
+                found.append(((section,), type_name))
+        for section, type_name in SOURCE_GROUPS.items():
+            group = data.get(section)
+            if isinstance(group, dict):
+                found += [((section, str(name)), type_name) for name in group if isinstance(group[name], dict)]
+        return found
+
+    def _source(self, path: KeyPath, type_name: str) -> None:
+        body: Any = self.data
+        for part in path:
+            body = body[part]
+        if len(path) > 1:
+            self._check_name(str(path[-1]), path)
+        self._config(".".join(map(str, path)), path, type_name, {"type": type_name, **body})
+
+    def _stage(self, name: str, body: dict[str, Any]) -> None:
+        path: KeyPath = ("stages", name)
+        self._check_name(name, path)
+        if name in (*SOURCE_SECTIONS, *SOURCE_GROUPS):
+            what = f"a stage may not be called `{name}`: that names a source"
+            self.add(what, self.origins.of(path).where, "rename it")
+            return
+        type_name = body.get("type")
+        known = [option for option in registry.STAGES if option not in registry.SOURCE_TYPES]
+        if type_name in known:
+            self._config(name, path, str(type_name), body)
+            return
+        self.untyped.add(name)
+        if path in self.doubtful:
+            return
+        if type_name is None:
+            self._husk(name, path)
+            return
+        origin = self.origins.of((*path, "type"))
+        guess = nearest(str(type_name), known)
+        fix = instead(origin, (*path, "type"), guess) if guess else f"the types are {among(known)}"
+        self.add(f"stage `{name}` has an unknown type `{show_value(type_name)}`", origin.where, fix)
+
+    def _husk(self, name: str, path: KeyPath) -> None:
+        """A stage without a type: a misspelt stage in an override, or one whose type was never chosen or removed."""
+        places = self.origins.below(path)
+        others = [other for other in self.data["stages"] if other != name]
+        if places and all(place.argument is not None for place in places):
+            for place in {place.where: place for place in places}.values():
+                self._unknown_stage(name, place, others)
+            return
+        fix = f"choose one with stage@stages.{name}=TYPE, or delete the stage with ~stages.{name}"
+        self.add(f"stage `{name}` has no type", self.origins.of(path).where, fix)
+
+    def _unknown_stage(self, name: str, place: Origin, others: list[str]) -> None:
+        assert place.argument is not None
+        guess = nearest(name, others)
+        rest = [str(part) for part in place.argument.path[2:]]
+        if guess:
+            fix = f"write {place.argument.with_key('.'.join(['stages', guess, *rest]))}"
+        else:
+            fix = f"the stages are {among(others)}; stage@stages.{name}=TYPE adds one, ~stages.{name} deletes it"
+        self.add(f"the recipe has no stage `{name}`", place.where, fix)
+
+    def _check_name(self, name: str, path: KeyPath) -> None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            what = f"`{name}` cannot be a name: letters, digits and _ only, not starting with a digit"
+            plain = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_0123456789") or "name"
+            self.add(what, self.origins.of(path).where, f"write {plain}")
+
+    def _config(self, name: str, path: KeyPath, type_name: str, body: dict[str, Any]) -> None:
+        stage = registry.stage(type_name)
+        try:
+            config = stage.Config.model_validate(body)
+        except ValidationError as error:
+            if path not in self.doubtful:
+                self.result.problems += problems_of(error, stage.Config, path, body, self.origins, type_name)
+            inputs = body.get("inputs")
+            inputs = {k: v for k, v in inputs.items() if isinstance(v, str)} if isinstance(inputs, dict) else {}
+            config = stage.Config.model_construct(type=type_name, inputs=inputs)
+        self.pairs[name] = (stage, config)
+
+    def _references(self) -> None:
+        from posttrain.pipeline.graph import check_references
+
+        for problem in check_references(self.pairs):
+            path = tuple(problem.where.split("."))
+            reference = self._value(path)
+            if isinstance(reference, str) and reference.partition(".")[0] in self.untyped:
+                continue
+            origin = self.origins.of(path)
+            if origin.argument is None and problem.fix.startswith(f"write {problem.where}="):
+                fix = instead(origin, path, problem.fix.partition("=")[2])
+            else:
+                fix = problem.fix
+            self.result.problems.append(Problem(problem.what, origin.where, fix))
+
+    def _value(self, path: KeyPath) -> Any:
+        value: Any = self.data
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        return value

@@ -1,0 +1,1 @@
+"""One module a source of text; each gives a list of `Document`."""

@@ -1,0 +1,42 @@
+"""Conversations: one normal form, a plain text of them, and the model's own format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+_OTHER_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "prompter": "user"}
+
+
+def normal_messages(value: Any) -> list[dict[str, str]] | None:
+    """Turns as `[{"role", "content"}]`, from that form or from `[{"from", "value"}]`; None if it is neither."""
+    if not isinstance(value, list) or not value:
+        return None
+    turns = []
+    for turn in value:
+        if not isinstance(turn, dict):
+            return None
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES or not isinstance(content, str):
+            return None
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def plain_text(messages: list[dict[str, str]]) -> str:
+    """A conversation as role-tagged text, for counting and for tokenizers without a chat template."""
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
+
+
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A conversation in the tokenizer's chat template, special tokens included; None if it has no template.
+
+    What the template writes after the last turn's EOS (often a newline) is left out: it separates turns.
+    """
+    if not tokenizer.chat_template:
+        return None
+    return tokenizer.apply_chat_template(messages, tokenize=False).rstrip()

@@ -1,0 +1,135 @@
+"""Settings of a recipe's `data:` section: where the text comes from and how it is split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
+
+Builder = Literal["tiny", "stdlib_text", "teacher_samples", "hub"]
+
+
+class HubData(BaseModel):
+    """A data set of the Hugging Face hub, streamed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="Name on the hub, `owner/name`.")
+    config: str | None = Field(None, description="Configuration (subset) of the data set.")
+    split: str = Field("train", description="Split to read.")
+    revision: str | None = Field(None, description="Commit or tag; None: the newest.")
+    max_rows: int = Field(20_000, ge=2, description="Rows to stream.")
+    licence: str = Field("see the data set's page on the hub", description="Written into dataset.json.")
+
+
+class Samples(BaseModel):
+    """How the input model is sampled. Changing any of these gives other text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: list[str] | None = Field(None, min_length=2, description="User turns; None: the built-in prompts.")
+    num_samples: int = Field(512, ge=2, description="Answers in all, train and held-out together.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest answer, tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with this probability.")
+    batch_size: int = Field(32, ge=1, description="Answers generated together; the random numbers are drawn per batch.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the sampling model.")
+
+
+class DataSourceConfig(StageConfig):
+    """Where text comes from: files of yours (`path`), or a builder; and which documents are held out.
+
+    A `path` wins over whatever the chosen option says: its `builder`, `hub`, `samples`, `heldout` and `label` are then
+    ignored, so that `data.path=./my.jsonl` works on top of any option.
+    """
+
+    type: Literal["data_source"] = "data_source"
+    label: str | None = Field(
+        None, description="Name in tables and reports; default: what it comes from.", json_schema_extra=NOT_IN_KEY
+    )
+    path: str | None = Field(
+        None,
+        description="A .jsonl, .txt or .md file, or a folder of them; ~ and relative paths as in a shell. "
+        "A .jsonl row has `text_field` or `messages`; a .txt or .md file is one document.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    text_field: str = Field("text", description="Field of a .jsonl or hub row that holds the text.")
+    document_field: str | None = Field(
+        None, description="Field that names the document a row was cut from; its rows stay in one split."
+    )
+    builder: Builder | None = Field(None, description="What makes the text when there is no `path`.")
+    hub: HubData | None = Field(None, description="For builder `hub`.")
+    samples: Samples = Field(default_factory=Samples, description="For builder `teacher_samples`.")
+    heldout: Literal["split", "committed"] = Field(
+        "split",
+        description="split: whole documents of the same source; committed: posttrain's own held-out text "
+        "(data/heldout), the same on every machine.",
+    )
+    heldout_path: str | None = Field(
+        None,
+        description="Held-out text of yours, like `path`; wins over `heldout`.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    heldout_fraction: float = Field(0.05, gt=0, lt=1, description="Share of documents held out by `heldout=split`.")
+    max_rows: int | None = Field(None, ge=1, description="Keep at most this many training documents.")
+    max_bytes: int | None = Field(None, ge=1, description="Keep at most this much training text, bytes.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.path is not None:
+            return self
+        if self.builder is None:
+            raise ValueError(
+                "data needs a builder or a path; choose an option (`data=demo_text`) or a file (`data.path=./my.jsonl`)"
+            )
+        if self.builder == "hub" and self.hub is None:
+            raise ValueError("builder hub needs `hub: {name: owner/name}`")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Which source counts: `files` or the builder."""
+        return "files" if self.path is not None else str(self.builder)
+
+    @property
+    def source_path(self) -> Path:
+        """The file or folder that `path` names, absolute."""
+        return Path(self.path or "").expanduser().resolve()
+
+    @property
+    def heldout_source_path(self) -> Path:
+        """The file or folder that `heldout_path` names, absolute."""
+        return Path(self.heldout_path or "").expanduser().resolve()
+
+    @property
+    def heldout_kind(self) -> Literal["path", "split", "committed"]:
+        """Where the held-out documents come from."""
+        if self.heldout_path is not None:
+            return "path"
+        return "split" if self.path is not None else self.heldout
+
+    @property
+    def name(self) -> str:
+        """What tables call the data."""
+        if self.path is not None:
+            return self.source_path.name
+        return self.label or (self.hub.name if self.kind == "hub" and self.hub else self.kind)
+
+    def key_fields(self) -> dict[str, Any]:
+        """Only what decides the result: files count by their content (`external`), an ignored option not at all."""
+        fields = super().key_fields()
+        fields["source"] = self.kind
+        fields["heldout"] = self.heldout_kind
+        for name in ("hub", "samples", "builder"):
+            value = fields.pop(name)
+            if name == {"hub": "hub", "teacher_samples": "samples"}.get(self.kind):
+                fields[name] = value
+        if self.heldout_kind != "split":
+            fields.pop("heldout_fraction")
+        if self.kind not in ("files", "hub") and self.heldout_kind != "path":
+            fields.pop("text_field")
+            fields.pop("document_field")
+        return fields

@@ -1,0 +1,192 @@
+"""From a `data:` section to documents: what can be known at plan time, and the builders that run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.builders import committed, files, hub, stdlib_text, teacher_samples, tiny
+from posttrain.data.config import DataSourceConfig
+from posttrain.data.documents import BYTES_PER_TOKEN, Document, limited, split_documents, too_few
+from posttrain.errors import RecipeError
+from posttrain.pipeline.context import StageContext
+
+CHECKED_AT_PLAN = 64 << 20
+"""Files up to this size, bytes, are read through by a plan; larger ones are checked when the stage runs."""
+
+STDLIB_BYTES = 2_300_000
+ANSWER_SHARE = 0.6
+"""Length of a sampled answer over the longest allowed, for estimates."""
+
+PROMPT_TOKENS = 64
+"""A built-in prompt with its chat template, for estimates."""
+
+LICENCES = {
+    "files": "as you hold it",
+    "tiny": "Apache-2.0",
+    "stdlib_text": "PSF-2.0",
+    "teacher_samples": teacher_samples.LICENCE,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Documents and bytes of text, None while unknown."""
+
+    rows: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of both outputs and where the held-out ones come from."""
+
+    train: list[Document]
+    heldout: list[Document]
+
+
+def read_source(cfg: DataSourceConfig) -> list[Document]:
+    """Documents of the user's files; a lone text file that must be split is cut into pieces."""
+    documents = files.read_files(cfg.source_path, cfg.text_field, cfg.document_field, f"data.path={cfg.path}")
+    if cfg.heldout_kind == "split" and files.is_lone_text(cfg.source_path):
+        return files.cut_text(documents[0])
+    return documents
+
+
+def build(cfg: DataSourceConfig, ctx: StageContext) -> Split:
+    """Both splits.
+
+    Raises:
+        RecipeError: the files are not usable, or there are too few documents.
+    """
+    makers: dict[str, Callable[[], list[Document]]] = {
+        "files": lambda: read_source(cfg),
+        "tiny": tiny.build,
+        "stdlib_text": stdlib_text.build,
+        "hub": lambda: hub.build(cfg, ctx),
+        "teacher_samples": lambda: teacher_samples.build(cfg.samples, ctx),
+    }
+    return divide(cfg, makers[cfg.kind]())
+
+
+def divide(cfg: DataSourceConfig, documents: list[Document]) -> Split:
+    """Training and held-out documents of what a builder made.
+
+    A document that is held out elsewhere (`heldout_path`, committed) is not trained on.
+    """
+    if not documents:
+        raise too_few(0, _where(cfg))
+    if cfg.heldout_kind == "split":
+        train, heldout = _split_own(cfg, documents)
+    else:
+        heldout = heldout_documents(cfg)
+        held = {document.text for document in heldout}
+        train = [document for document in documents if document.text not in held]
+        if not train:
+            raise RecipeError(
+                "every document is also in the held-out text: nothing is left to train on",
+                where=_where(cfg),
+                fix="give other held-out text: data.heldout_path=FILE, or leave it out to have documents held out",
+            )
+    return Split(limited(train, cfg.max_rows, cfg.max_bytes), heldout)
+
+
+def heldout_documents(cfg: DataSourceConfig) -> list[Document]:
+    """Held-out documents that come from elsewhere."""
+    if cfg.heldout_kind == "committed":
+        return committed.build()
+    where = f"data.heldout_path={cfg.heldout_path}"
+    return files.read_files(cfg.heldout_source_path, cfg.text_field, cfg.document_field, where)
+
+
+def is_one_text(cfg: DataSourceConfig) -> bool:
+    """True when the data is one text file, which is cut to be split."""
+    return cfg.kind == "files" and files.is_lone_text(cfg.source_path)
+
+
+def sizes(cfg: DataSourceConfig) -> tuple[Size, Size]:
+    """Size of the training and held-out text, as far as a plan can know it. Raises RecipeError for unusable files."""
+    if cfg.kind == "tiny" or (cfg.kind == "files" and _small(cfg.source_path, f"data.path={cfg.path}")):
+        made = divide(
+            cfg, tiny.build() if cfg.kind == "tiny" else _read_cached(cfg.model_dump_json(), _state(cfg.source_path))
+        )
+        return _size(made.train), _size(made.heldout)
+    total = _expected_bytes(cfg)
+    if cfg.heldout_kind != "split":
+        return Size(None, _capped(cfg, total)), _size(heldout_documents(cfg))
+    held = int(total * cfg.heldout_fraction)
+    return Size(None, _capped(cfg, total - held)), Size(None, held)
+
+
+def external(cfg: DataSourceConfig) -> dict[str, Any]:
+    """Digest of every file and version that decides the text."""
+    from posttrain.pipeline.fingerprint import digest_path
+
+    found: dict[str, Any] = {}
+    if cfg.kind == "files":
+        found["files"] = _digests(cfg.source_path, f"data.path={cfg.path}", digest_path)
+    if cfg.kind == "stdlib_text":
+        found["python"] = platform.python_version()
+    if cfg.heldout_kind == "path":
+        where = f"data.heldout_path={cfg.heldout_path}"
+        found["heldout_files"] = _digests(cfg.heldout_source_path, where, digest_path)
+    if cfg.heldout_kind == "committed":
+        found["heldout_files"] = {"heldout.jsonl": digest_path(committed.committed_file())}
+    return found
+
+
+def _split_own(cfg: DataSourceConfig, documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    if is_one_text(cfg):
+        # Pieces of one text: hold out its end, so that no held-out piece lies between two that are trained on.
+        if len(documents) < 2:
+            raise too_few(len(documents), _where(cfg))
+        held = max(1, round(len(documents) * cfg.heldout_fraction))
+        return documents[:-held], documents[-held:]
+    return split_documents(documents, cfg.heldout_fraction, _where(cfg))
+
+
+def _digests(path: Path, where: str, digest_path: Callable[[Path], str]) -> dict[str, str]:
+    root = path if path.is_dir() else path.parent
+    return {file.relative_to(root).as_posix(): digest_path(file) for file in files.text_files(path, where)}
+
+
+def _where(cfg: DataSourceConfig) -> str:
+    return f"data.path={cfg.path}" if cfg.kind == "files" else f"data.builder={cfg.builder}"
+
+
+def _small(path: Path, where: str) -> bool:
+    return sum(file.stat().st_size for file in files.text_files(path, where)) <= CHECKED_AT_PLAN
+
+
+def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
+    found = files.text_files(path, str(path))
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found)
+
+
+@lru_cache(maxsize=4)
+def _read_cached(cfg_json: str, state: tuple[tuple[str, int, int], ...]) -> list[Document]:
+    """`read_source`, once for each state of the files: a plan asks for it several times."""
+    return read_source(DataSourceConfig.model_validate_json(cfg_json))
+
+
+def _expected_bytes(cfg: DataSourceConfig) -> int:
+    if cfg.kind == "files":
+        return sum(file.stat().st_size for file in files.text_files(cfg.source_path, f"data.path={cfg.path}"))
+    if cfg.kind == "stdlib_text":
+        return STDLIB_BYTES
+    if cfg.kind == "teacher_samples":
+        return int(cfg.samples.num_samples * cfg.samples.max_new_tokens * ANSWER_SHARE * BYTES_PER_TOKEN)
+    assert cfg.hub is not None
+    return cfg.hub.max_rows * 4000
+
+
+def _capped(cfg: DataSourceConfig, size: int) -> int:
+    return size if cfg.max_bytes is None else min(size, cfg.max_bytes)
+
+
+def _size(documents: list[Document]) -> Size:
+    return Size(len(documents), sum(len(document.text.encode()) for document in documents))

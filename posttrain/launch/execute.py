@@ -1,0 +1,255 @@
+"""Run one stage in this process: context, checks, the stage itself, measurement, publication."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import registry
+from posttrain.errors import StageError
+from posttrain.launch.job import Job
+from posttrain.pipeline.context import InputArtifact, StageContext
+from posttrain.pipeline.events import EventLog
+from posttrain.pipeline.stage import ArtifactMeta, Stage
+from posttrain.pipeline.store import Artifact, publish, seal, sealed
+
+VERSIONED = ("posttrain", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+STRUCTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "mixers",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
+"""Architecture fields in which a finished model must be what the plan said."""
+
+
+def execute_job(job: Job, work_dir: Path) -> Artifact:
+    """Run the job's stage and publish its artifact.
+
+    Raises:
+        StageError, RecipeError: the stage or one of its checks failed for a known reason.
+        StopRequested: a stop was asked for and the stage has saved its state.
+    """
+    if sealed(work_dir):
+        return publish(work_dir, Path(job.target))
+    stage = registry.stage(job.type)
+    config = stage.Config.model_validate(job.config)
+    device = prepare_process(job.seed, job.device)
+    context = make_context(job, config, work_dir, device)
+    started = time.time()
+    stage.check(config, {name: one.meta for name, one in context.inputs.items()})
+    outputs = stage.run(context)
+    check_result(job.stage, context.result)
+    _check_outputs(stage, outputs, work_dir)
+    metas = {name: _measure(stage, job, name, outputs[name]) for name in stage.outputs}
+    seal(work_dir, make_manifest(job, stage, context, metas, started))
+    return publish(work_dir, Path(job.target))
+
+
+def make_context(job: Job, config: Any, work_dir: Path, device: str) -> StageContext:
+    """The context of a job, reporting to its run's event log."""
+    log = EventLog(Path(job.events))
+
+    def emit(event: str, fields: dict[str, Any]) -> None:
+        log.append(event, job.stage, **fields)
+
+    inputs = {
+        name: InputArtifact(Path(one["path"]), ArtifactMeta.from_json(one["meta"]), one["reference"])
+        for name, one in job.inputs.items()
+    }
+    return StageContext(job.stage, config, work_dir, inputs, job.seed, device, emit=emit)
+
+
+def prepare_process(seed: int, device: str) -> str:
+    """Seed every generator, fix the number of threads, make CPU computing deterministic; returns the real device.
+
+    Raises:
+        StageError: CUDA is asked for and there is none.
+    """
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if threads := os.environ.get("OMP_NUM_THREADS", ""):
+        torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) else torch.get_num_threads())
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise StageError("the engine asks for a CUDA device, but torch sees none", "engine.device", "write engine=cpu")
+    resolved = "cuda" if available and device != "cpu" else "cpu"
+    if resolved == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return resolved
+
+
+def check_result(stage: str, result: Mapping[str, Any]) -> None:
+    """Raises StageError if a result metric is NaN or infinite."""
+    broken = [f"{name} = {value}" for name, value in _numbers(result) if not math.isfinite(value)]
+    if broken:
+        fix = "look at the log and the loss curve; a lower learning rate or another dtype is the usual cure"
+        raise StageError(f"stage {stage} ended with results that are no numbers: {', '.join(broken)}", fix=fix)
+
+
+def _numbers(value: Any, path: str = "") -> list[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        named = ((f"{path}.{name}" if path else str(name), item) for name, item in value.items())
+        return [pair for name, item in named for pair in _numbers(item, name)]
+    if isinstance(value, list | tuple):
+        return [pair for index, item in enumerate(value) for pair in _numbers(item, f"{path}[{index}]")]
+    return [(path, value)] if isinstance(value, float) else []
+
+
+def _check_outputs(stage: Stage, outputs: Mapping[str, Path], work_dir: Path) -> None:
+    for name in stage.outputs:
+        if name not in outputs:
+            raise StageError(f"stage type {stage.type} did not return its output '{name}'")
+        if Path(outputs[name]).resolve() != (work_dir / "outputs" / name).resolve():
+            raise StageError(f"output '{name}' was written to {outputs[name]}, not to the work folder's outputs/{name}")
+
+
+def _measure(stage: Stage, job: Job, name: str, path: Path) -> ArtifactMeta:
+    type_ = stage.outputs[name]
+    if type_ == "model":
+        from posttrain.models.inspect import check_model_folder
+
+        check_model_folder(path)
+    predicted = ArtifactMeta.from_json(job.predicted[name])
+    measured = stage.measure(name, path, predicted)
+    if measured.type != type_:
+        raise StageError(f"output '{name}' of stage {job.stage} is a {measured.type}, declared as a {type_}", str(path))
+    _check_prediction(job.stage, name, predicted, measured)
+    return measured
+
+
+def _check_prediction(stage: str, name: str, predicted: ArtifactMeta, measured: ArtifactMeta) -> None:
+    """Later stages were planned for the predicted structure: another one must not pass."""
+    expected, found = predicted.architecture or {}, measured.architecture or {}
+    differing = [
+        f"{field} {expected[field]} → {found[field]}"
+        for field in STRUCTURE
+        if field in expected and field in found and expected[field] != found[field]
+    ]
+    if differing:
+        what = f"output '{name}' of stage {stage} is not the model that was planned: {', '.join(differing)}"
+        raise StageError(what, fix="correct `architecture:` in the model's YAML, or the settings of the stage")
+
+
+def make_manifest(
+    job: Job, stage: Stage, context: StageContext, metas: Mapping[str, ArtifactMeta], started: float
+) -> dict[str, Any]:
+    """The manifest but for the files' digests and its own, which `seal` adds."""
+    finished = time.time()
+    return {
+        "format": 1,
+        "stage": job.stage,
+        "type": job.type,
+        "version": stage.version,
+        "key": job.key,
+        "key_document": job.document,
+        "config": job.config,
+        "seed": job.seed,
+        "inputs": {
+            name: {"reference": one["reference"], "key": one["key"], "output": one["output"]}
+            for name, one in job.inputs.items()
+        },
+        "outputs": {name: {"type": stage.outputs[name], "meta": metas[name].to_json()} for name in stage.outputs},
+        "metrics": {"result": _plain(context.result), "timing": _plain(context.timing)},
+        "estimate": job.estimate,
+        "versions": _versions(),
+        "git": _git(),
+        "host": _host(context.device),
+        "engine": {**job.environment, "device": context.device, "ranks": job.ranks, "threads": _threads()},
+        "started": started,
+        "finished": finished,
+        "seconds": finished - started,
+        "attempts": job.attempt,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON has them; non-finite timings become None, results were checked before."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    # The version that runs may come from a path before the installed one.
+    found.update({name: sys.modules[name].__version__ for name in VERSIONED if _has_version(name)})
+    return {name: str(value) for name, value in found.items()}
+
+
+def _has_version(name: str) -> bool:
+    return hasattr(sys.modules.get(name), "__version__")
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout that the code runs from, None outside one."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())}
+
+
+def _host(device: str) -> dict[str, Any]:
+    host = {"name": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu_name()}
+    if device == "cuda":
+        import torch
+
+        host["gpu"] = torch.cuda.get_device_name()
+    return host
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _threads() -> int | None:
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else None

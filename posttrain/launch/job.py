@@ -1,0 +1,78 @@
+"""What a launcher hands to a worker: everything it needs to run one stage, as `job.json` in the work folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import StageError
+from posttrain.pipeline.files import read_json, write_json
+
+JOB, LOCK, STOP, OUTCOME = "job.json", "lock", "STOP", "outcome.json"
+CLAIM = "runner"
+"""Lock of the runner that looks after a work folder, from before its worker starts until the artifact is linked."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt at one stage.
+
+    Attributes:
+        stage, type, key, document, config, seed: as planned; `config` is the stage's settings with defaults.
+        inputs: input name to {"reference", "path" (absolute), "key", "output", "meta"}.
+        predicted: output name to the planned meta; estimate: the planned `Estimate`.
+        target: absolute folder of the artifact to be.
+        events, log: absolute paths in the run's folder; log is None when the launcher keeps it.
+        attended: a runner waits for the worker and holds its pipe.
+        environment: recorded in the manifest (engine section of the recipe).
+    """
+
+    stage: str
+    type: str
+    key: str
+    document: dict[str, Any]
+    config: dict[str, Any]
+    seed: int
+    inputs: dict[str, dict[str, Any]]
+    predicted: dict[str, dict[str, Any]]
+    estimate: dict[str, Any]
+    target: str
+    events: str
+    device: str = "auto"
+    ranks: int = 1
+    attempt: int = 1
+    log: str | None = None
+    attended: bool = True
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, work_dir: Path) -> None:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        write_json(work_dir / JOB, {"format": 1, **asdict(self)})
+
+    @classmethod
+    def read(cls, work_dir: Path) -> Job:
+        """Raises StageError when there is no readable job."""
+        try:
+            data = read_json(work_dir / JOB)
+            data.pop("format")
+            return cls(**data)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            what = f"{work_dir} holds no job that this version of posttrain can run: {error}"
+            raise StageError(what, str(work_dir / JOB), "start the stage with posttrain run or resume") from error
+
+
+def write_outcome(work_dir: Path, status: str, **fields: Any) -> dict[str, Any]:
+    """Record how an attempt ended: "done", "stopped" (with step) or "failed" (with message)."""
+    outcome = {"status": status, **fields}
+    write_json(work_dir / OUTCOME, outcome)
+    return outcome
+
+
+def read_outcome(work_dir: Path) -> dict[str, Any] | None:
+    """How the last attempt ended; None when it was killed before it could say."""
+    try:
+        outcome = read_json(work_dir / OUTCOME)
+    except (OSError, ValueError):
+        return None
+    return outcome if isinstance(outcome, dict) and "status" in outcome else None

@@ -1,0 +1,162 @@
+"""What `Evaluate.run` does: load, score document by document, measure, write the evaluation artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.data.reading import encode_documents, read_rows
+from posttrain.errors import PosttrainError, fail
+from posttrain.methods.evaluation import measure
+from posttrain.methods.evaluation.metrics import Sums, perplexity, summarise
+from posttrain.methods.evaluation.samples import greedy_answers
+from posttrain.methods.evaluation.scoring import Document, Logits, PartialResults, make_documents, score_document
+from posttrain.methods.evaluation.stage import ELEMENT_SIZE, position_limit
+from posttrain.models.loading import load_model, load_tokenizer
+from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.files import write_json, write_text
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def evaluate(ctx: StageContext) -> Path:
+    """Evaluate `ctx.inputs["model"]`; the folder of the evaluation artifact.
+
+    Continues from `work_dir/partial.jsonl`. Raises StageError for data that cannot be scored and for NaN.
+    """
+    cfg = ctx.config
+    data = ctx.inputs["data"].path
+    models = {
+        name: load_model(ctx.inputs[name].path, device=ctx.device, dtype=DTYPES[cfg.precision]).eval()
+        for name in ("model", "baseline")
+        if name in ctx.inputs
+    }
+    tokenizer = load_tokenizer(ctx.inputs["model"].path)
+    limit = position_limit(model.config.to_dict() for model in models.values())
+    window = int(min(cfg.max_tokens, limit))
+    documents = _read_documents(data, tokenizer, cfg.max_documents, window, cfg.max_windows)
+    sums = _score(ctx, models, documents)
+
+    settings = {"precision": cfg.precision, "window_tokens": window, "data_sha256": _sha256(data / "rows.jsonl")}
+    figures = summarise(sums, sum(document.text_bytes for document in documents), cfg.bootstrap_samples, ctx.seed)
+    for name, model in models.items():
+        figures |= _prefixed(name, _sizes(model, cfg.precision))
+    boundary = _boundary(ctx, len(documents))
+    answers = {}
+    for name, model in models.items():
+        boundary()
+        answers[name] = greedy_answers(model, tokenizer, cfg.prompts, cfg.generate_tokens)
+    _measure_speed(ctx, models, limit, boundary)
+
+    folder = ctx.output_dir("evaluation")
+    rows = [_document_row(*pair) for pair in zip(documents, sums, strict=True)]
+    write_json(folder / "metrics.json", {"format": 1, **settings, **figures})
+    write_text(folder / "documents.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    samples = [
+        {"prompt": prompt, **{name: texts[index] for name, texts in answers.items()}}
+        for index, prompt in enumerate(cfg.prompts)
+    ]
+    write_json(folder / "samples.json", samples)
+    ctx.record_result(**settings, **figures)
+    return folder
+
+
+def _read_documents(folder: Path, tokenizer: Any, count: int, window: int, max_windows: int) -> list[Document]:
+    rows = read_rows(folder)[:count]
+    documents = make_documents(rows, encode_documents(rows, tokenizer), tokenizer, window, max_windows)
+    if len(documents) < 2:
+        fail(
+            f"the evaluation data has {len(documents)} documents of two tokens or more; at least 2 are needed",
+            where=str(folder / "rows.jsonl"),
+            fix="give a file with more rows, or a folder with more text files: data.path=…",
+        )
+    return documents
+
+
+def _score(ctx: StageContext, models: dict[str, Any], documents: list[Document]) -> list[Sums]:
+    logits = {name: Logits(model) for name, model in models.items()}
+    partial = PartialResults(ctx.work_dir / "partial.jsonl")
+    tokens = 0
+    for index, document in enumerate(documents):
+        if index not in partial.sums:
+            if ctx.should_stop():
+                ctx.stop(index)
+            sums = score_document(document, logits["model"], logits.get("baseline"), ctx.config.chunk_tokens)
+            partial.add(index, sums)
+        tokens += document.tokens
+        ctx.progress(index + 1, len(documents), unit="document", tokens=tokens)
+    return [partial.sums[index] for index in range(len(documents))]
+
+
+def _boundary(ctx: StageContext, done: int) -> Callable[[], None]:
+    """Between two measurements: everything scored so far is on disk, so a stop costs the measurements only."""
+
+    def stop_if_asked() -> None:
+        if ctx.should_stop():
+            ctx.stop(done)
+
+    return stop_if_asked
+
+
+def _sizes(model: Any, precision: str) -> dict[str, Any]:
+    from posttrain.models.architecture import cache_bytes_per_token, normalise
+
+    per_token, constant = measure.cache_bytes(model)
+    try:
+        predicted = cache_bytes_per_token(normalise(model.config.to_dict()), ELEMENT_SIZE[precision])
+    except PosttrainError:
+        # A family without a formula is still measured; its table cell stays empty.
+        predicted = None
+    return {
+        "parameters": measure.parameter_count(model),
+        "kv_bytes_per_token_predicted": predicted,
+        "kv_bytes_per_token_measured": per_token,
+        "kv_constant_bytes": constant,
+    }
+
+
+def _measure_speed(ctx: StageContext, models: dict[str, Any], limit: float, boundary: Callable[[], None]) -> None:
+    """Record tokens per second and peak memory; prompt and decoding together never exceed `limit` positions."""
+    cfg = ctx.config
+    decode = int(min(cfg.decode_tokens, limit // 2))
+    prefill = int(min(cfg.prefill_tokens, limit - decode))
+    if cfg.repeats:
+        speeds = measure.throughput(
+            models,
+            prefill_tokens=prefill,
+            decode_tokens=decode,
+            batch_size=cfg.batch_size,
+            repeats=cfg.repeats,
+            boundary=boundary,
+        )
+        for name, figures in speeds.items():
+            ctx.record_timing(**_prefixed(name, figures))
+        ctx.record_timing(prefill_tokens=prefill, decode_tokens=decode, batch_size=cfg.batch_size)
+    ctx.record_timing(device=ctx.device, process_peak_bytes=measure.process_peak_bytes())
+    if ctx.device == "cuda":
+        ctx.record_timing(device_name=torch.cuda.get_device_name())
+    else:
+        ctx.record_timing(threads=torch.get_num_threads())
+
+
+def _prefixed(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    prefix = "" if name == "model" else f"{name}_"
+    return {prefix + key: value for key, value in figures.items()}
+
+
+def _document_row(document: Document, sums: Sums) -> dict[str, Any]:
+    row = {"id": document.id, "bytes": document.text_bytes, **sums.to_json()}
+    row["perplexity"] = perplexity(sums.nll, sums.tokens)
+    if sums.baseline_nll is not None:
+        row["baseline_perplexity"] = perplexity(sums.baseline_nll, sums.tokens)
+    return row
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,115 @@
+"""The `evaluate` stage: one model, an optional baseline, one data set; deterministic figures and timings apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from posttrain.errors import Problem, RecipeError
+from posttrain.methods.evaluation.config import EvaluateConfig
+from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage, StageConfig
+
+ELEMENT_SIZE = {"fp32": 4, "bf16": 2}
+"""Bytes of one weight, activation or cache element."""
+
+
+class Evaluate(Stage):
+    """Perplexity, KL and top-1 agreement with the baseline, cache bytes, speed and samples of a model."""
+
+    type: ClassVar[str] = "evaluate"
+    version: ClassVar[str] = "1"
+    Config: ClassVar[type[StageConfig]] = EvaluateConfig
+    inputs: ClassVar[dict[str, InputSpec]] = {
+        "model": InputSpec("model", doc="The model to measure."),
+        "baseline": InputSpec("model", optional=True, doc="The model to compare with, usually the source."),
+        "data": InputSpec("dataset", doc="Held-out documents."),
+    }
+    outputs: ClassVar[dict[str, str]] = {"evaluation": "evaluation"}
+
+    def describe(self, cfg: EvaluateConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
+        return {"evaluation": ArtifactMeta("evaluation")}
+
+    def check(self, cfg: EvaluateConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
+        problems = _data_problems(inputs["data"])
+        if baseline := inputs.get("baseline"):
+            problems += _baseline_problems(inputs["model"], baseline)
+        if problems:
+            raise RecipeError(problems=problems)
+
+    def estimate(self, cfg: EvaluateConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
+        architectures = [
+            meta.architecture for name in ("model", "baseline") if (meta := inputs.get(name)) and meta.architecture
+        ]
+        if not architectures:
+            return Estimate()
+        from posttrain.models.architecture import cache_bytes_per_token, parameter_count
+
+        size = ELEMENT_SIZE[cfg.precision]
+        window = int(min(cfg.max_tokens, position_limit(architectures)))
+        rows = inputs["data"].rows
+        documents = cfg.max_documents if rows is None else min(cfg.max_documents, rows)
+        notes = [f"windows of {window} tokens: the model's max_position_embeddings"] if window < cfg.max_tokens else []
+        return Estimate(
+            parameters=parameter_count(architectures[0]),
+            tokens=documents * window * cfg.max_windows * len(architectures),
+            memory=_memory(cfg, architectures, window),
+            cache_bytes_per_token=cache_bytes_per_token(architectures[0], size),
+            notes=tuple(notes),
+        )
+
+    def run(self, ctx: StageContext) -> dict[str, Path]:
+        from posttrain.methods.evaluation.evaluate import evaluate
+
+        return {"evaluation": evaluate(ctx)}
+
+
+def position_limit(architectures: Iterable[Mapping[str, Any]]) -> float:
+    """The smallest `max_position_embeddings`; infinity where none is known."""
+    return min((limit for arch in architectures if (limit := arch.get("max_position_embeddings"))), default=math.inf)
+
+
+def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: int) -> dict[str, int]:
+    """Peak bytes by term; the cache is that of the speed run."""
+    from posttrain.models.architecture import cache_bytes_per_token, parameter_count
+
+    size = ELEMENT_SIZE[cfg.precision]
+    memory = {"weights": parameter_count(architectures[0]) * size}
+    if len(architectures) > 1:
+        memory["baseline weights"] = parameter_count(architectures[1]) * size
+    arch = architectures[0]
+    rows = max(window, cfg.batch_size * cfg.prefill_tokens)
+    # A layer at once: the residual stream, its norm, and the three MLP intermediates.
+    memory["activations"] = rows * size * (4 * arch["hidden_size"] + 3 * arch["intermediate_size"])
+    # Logits, log-probabilities of both models and their product, fp32.
+    memory["logits"] = min(cfg.chunk_tokens, window) * arch["vocab_size"] * 4 * (2 + 2 * len(architectures))
+    length = cfg.prefill_tokens + cfg.decode_tokens
+    memory["cache"] = cfg.batch_size * length * max(cache_bytes_per_token(item, size) for item in architectures)
+    return memory
+
+
+def _data_problems(data: ArtifactMeta) -> list[Problem]:
+    if data.rows is None or data.rows >= 2:
+        return []
+    found = "no document" if data.rows == 0 else "one document only"
+    return [
+        Problem(
+            f"the evaluation data has {found}; at least 2 are needed (intervals are taken over documents)",
+            where="input `data` of an evaluate stage",
+            fix="give a file with more rows, or a folder with more text files: data.path=…",
+        )
+    ]
+
+
+def _baseline_problems(model: ArtifactMeta, baseline: ArtifactMeta) -> list[Problem]:
+    where = "inputs `model` and `baseline` of an evaluate stage"
+    fix = "give the model that this one was made from, or no baseline: `~stages.NAME.inputs.baseline`"
+    if model.tokenizer and baseline.tokenizer and model.tokenizer != baseline.tokenizer:
+        digests = f"{model.tokenizer[:12]} and {baseline.tokenizer[:12]}"
+        return [Problem(f"the model and its baseline have different tokenizers ({digests})", where, fix)]
+    sizes = [meta.architecture.get("vocab_size") for meta in (model, baseline) if meta.architecture]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        return [Problem(f"the model and its baseline have vocabularies of {sizes[0]} and {sizes[1]}", where, fix)]
+    return []

@@ -1,0 +1,90 @@
+"""Streamed calibration statistics: the second moment of every attention block's input, never an activation.
+
+Keys, values and queries are linear in that input, so E[x xᵀ] and E[x] give every moment a plan needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics:
+    """Per layer: `second` E[x xᵀ] [D, D] and `mean` E[x] [D], float64; over `tokens` tokens."""
+
+    second: tuple[Tensor, ...]
+    mean: tuple[Tensor, ...]
+    tokens: int
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The `self_attn` of every decoder layer of a Llama-shaped model."""
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def collect_statistics(
+    model: nn.Module, batches: Iterable[Tensor], on_batch: Callable[[int], None] | None = None
+) -> CalibrationStatistics:
+    """Run token batches through the model and sum up each attention block's input.
+
+    Args:
+        model: a Llama-shaped causal LM; left in the mode it was in.
+        batches: token ids [B, T], without padding.
+        on_batch: called with the number of batches done; it may raise to stop.
+
+    Raises:
+        ValueError: no tokens, or values that are not finite.
+    """
+    device = next(model.parameters()).device
+    blocks = attention_layers(model)
+    width = model.config.hidden_size
+    # float64 sums: float32 would lose the small directions that decide where the spectrum is cut.
+    second = [torch.zeros(width, width, dtype=torch.float64, device=device) for _ in blocks]
+    total = [torch.zeros(width, dtype=torch.float64, device=device) for _ in blocks]
+    tokens = 0
+    with torch.no_grad(), _evaluating(model), _inputs_summed(blocks, second, total):
+        for done, batch in enumerate(batches, start=1):
+            model.model(input_ids=batch.to(device), use_cache=False)
+            tokens += batch.numel()
+            if on_batch is not None:
+                on_batch(done)
+    if tokens == 0:
+        raise ValueError("calibration needs at least one sequence of tokens")
+    if not all(bool(torch.isfinite(matrix).all()) for matrix in second):
+        raise ValueError("calibration met activations that are not finite: the source model or its dtype is broken")
+    moments = tuple(matrix / tokens for matrix in second)
+    return CalibrationStatistics(moments, tuple(vector / tokens for vector in total), tokens)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _inputs_summed(blocks: list[nn.Module], second: list[Tensor], total: list[Tensor]) -> Iterator[None]:
+    def add(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            flat = args[0].detach().flatten(0, -2).float()  # [tokens, D]
+            second[index] += (flat.T @ flat).double()
+            total[index] += flat.sum(0, dtype=torch.float64)
+
+        return hook
+
+    # The key projection, not the block, is hooked: its input is positional in every family.
+    handles = [block.k_proj.register_forward_pre_hook(add(index)) for index, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

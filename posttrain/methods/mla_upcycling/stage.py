@@ -1,0 +1,248 @@
+"""The `mla_upcycle` stage: a source model in, the same model with latent attention and an account of it out."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from posttrain.errors import RecipeError, StageError
+from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
+from posttrain.methods.mla_upcycling.shape import MlaShape, resolve_shape
+from posttrain.models.architecture import cache_bytes_per_token, normalise, parameter_count
+from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.methods.mla_upcycling.calibration import CalibrationStatistics
+
+ELEMENT_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+SEQUENCES_PER_BATCH = 4
+SEQUENCES_PER_DOCUMENT = 4
+"""A long document gives at most this many calibration sequences, so that more documents are seen."""
+
+
+class MlaUpcycle(Stage):
+    """Convert attention to multi-head latent attention; see `MlaUpcycleConfig` and docs/mla_upcycling.md."""
+
+    type: ClassVar[str] = "mla_upcycle"
+    version: ClassVar[str] = "1"
+    Config = MlaUpcycleConfig
+    inputs: ClassVar[dict[str, InputSpec]] = {
+        "model": InputSpec("model", doc="the source: Llama, Mistral or Qwen2 shaped, MHA, GQA or MQA"),
+        "calibration": InputSpec("dataset", optional=True, doc="text whose keys and values the latent should preserve"),
+    }
+    outputs: ClassVar[dict[str, str]] = {"model": "model", "conversion": "conversion"}
+
+    def describe(self, cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
+        source = inputs["model"]
+        architecture = None
+        if source.architecture is not None:
+            architecture = upcycled_architecture(source.architecture, resolve_shape(source.architecture, cfg))
+        extra = {name: value for name, value in source.extra.items() if name in ("dtype", "label", "eos_token_id")}
+        model = ArtifactMeta("model", architecture, source.tokenizer, source.chat_template, extra=extra)
+        return {"model": model, "conversion": ArtifactMeta("conversion")}
+
+    def check(self, cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
+        if cfg.objective in ("activation", "attention") and "calibration" not in inputs:
+            raise RecipeError(
+                f"objective={cfg.objective} needs calibration text",
+                where="mla_upcycle objective",
+                fix="add inputs.calibration=data.train, or set objective=weight",
+            )
+        if inputs["model"].architecture is not None:
+            resolve_shape(inputs["model"].architecture, cfg)
+
+    def estimate(self, cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
+        source = inputs["model"]
+        if source.architecture is None:
+            return Estimate()
+        shape = resolve_shape(source.architecture, cfg)
+        target = upcycled_architecture(source.architecture, shape)
+        before, after = parameter_count(source.architecture), parameter_count(target)
+        calibrated = "calibration" in inputs and cfg.objective_for(True) != "weight"
+        memory = {"source_weights": 4 * before, "converted_weights": 4 * after}
+        memory["decomposition"] = _decomposition_bytes(shape)
+        if calibrated:
+            memory["statistics"] = 8 * shape.layers * shape.hidden_size * (shape.hidden_size + 1)
+            memory["activations"] = _forward_bytes(source.architecture, cfg)
+        return Estimate(
+            parameters=after,
+            tokens=cfg.calibration_tokens if calibrated else 0,
+            memory=memory,
+            cache_bytes_per_token=cache_bytes_per_token(target),
+            disk_bytes=after * ELEMENT_SIZE.get(str(source.extra.get("dtype")), 2) + _plan_bytes(shape),
+            notes=tuple(_notes(cfg, shape, before, after, "calibration" in inputs)),
+        )
+
+    def run(self, ctx: StageContext) -> dict[str, Path]:
+        import torch
+
+        from posttrain.methods.mla_upcycling.build import build_plan
+        from posttrain.methods.mla_upcycling.convert import apply_plan
+        from posttrain.models.loading import load_model, load_tokenizer, save_model
+
+        source = ctx.inputs["model"].path
+        model, tokenizer = load_model(source, device=ctx.device, dtype=torch.float32), load_tokenizer(source)
+        blocks = _calibration_blocks(ctx, tokenizer)
+        layers, batches = model.config.num_hidden_layers, 0 if blocks is None else len(blocks)
+        units = _Units(ctx, batches + 2 * layers)
+        statistics = None if blocks is None else _collect(model, blocks, units.since(0))
+        plan = build_plan(model, ctx.config, statistics, units.since(batches))
+        converted = apply_plan(model, plan, units.since(batches + layers))
+        del model, statistics
+
+        target, conversion = ctx.output_dir("model"), ctx.output_dir("conversion")
+        for folder in (target, conversion):
+            shutil.rmtree(folder)
+            folder.mkdir()
+        save_model(converted, tokenizer, target, dtype=_stored_dtype(ctx))
+        plan.save(conversion)
+        _record(ctx, plan.report())
+        return {"model": target, "conversion": conversion}
+
+    def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
+        if name != "model":
+            return predicted
+        from posttrain.models.inspect import model_meta
+
+        meta = model_meta(path)
+        return ArtifactMeta.from_json({**meta.to_json(), "extra": {**predicted.extra, **meta.extra}})
+
+
+def upcycled_architecture(source: Mapping[str, Any], shape: MlaShape) -> dict[str, Any]:
+    """The architecture dict of the converted model, before it exists."""
+    return normalise(
+        {
+            **source,
+            "model_type": "upcycled",
+            "source_model_type": source["model_type"],
+            "mixers": ["latent_attention"] * shape.layers,
+            "kv_lora_rank": shape.kv_lora_rank,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": shape.qk_nope_head_dim,
+            "qk_rope_head_dim": shape.qk_rope_head_dim,
+            "v_head_dim": shape.v_head_dim,
+            "rope_frequency_indices": list(shape.rope_frequency_indices),
+            "query_pre_attn_scalar": shape.head_dim,
+            "latent_bias": shape.latent_bias,
+        }
+    )
+
+
+class _Units:
+    """Progress over the phases of a conversion; ends the stage at a unit boundary when a stop was asked for."""
+
+    def __init__(self, ctx: StageContext, total: int) -> None:
+        self.ctx, self.total = ctx, total
+
+    def since(self, start: int) -> Callable[[int], None]:
+        def done(count: int) -> None:
+            self.ctx.progress(start + count, self.total, unit="step")
+            # Nothing is saved between units: the conversion is deterministic and starts again.
+            if self.ctx.should_stop():
+                self.ctx.stop(start + count)
+
+        return done
+
+
+def _calibration_blocks(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor] | None:
+    """Batches of token ids [B, T] from documents in an order drawn with the seed; None when no text is used."""
+    cfg: MlaUpcycleConfig = ctx.config
+    if "calibration" not in ctx.inputs or cfg.objective_for(True) == "weight":
+        return None
+    from posttrain.data.reading import encode_documents, read_rows, token_blocks
+
+    rows = read_rows(ctx.inputs["calibration"].path)
+    random.Random(ctx.seed).shuffle(rows)
+    limit, wanted = SEQUENCES_PER_DOCUMENT * cfg.calibration_sequence_length, cfg.calibration_tokens
+    documents: list[list[int]] = []
+    found = 0
+    for row in rows:
+        # 16 characters a token are more than any tokenizer needs; tokenizing whole books would take minutes.
+        documents += encode_documents([{**row, "text": row["text"][: 16 * limit]}], tokenizer, max_tokens=limit)
+        found += len(documents[-1])
+        if found >= wanted + cfg.calibration_sequence_length:
+            break
+    sequences = max(1, wanted // cfg.calibration_sequence_length)
+    blocks = token_blocks(documents, cfg.calibration_sequence_length)[:sequences]
+    if not len(blocks):
+        raise StageError(
+            f"calibration needs at least {cfg.calibration_sequence_length} tokens, the data have {found}",
+            where=f"{ctx.name}.inputs.calibration ({ctx.inputs['calibration'].reference})",
+            fix=f"give more text, or stages.{ctx.name}.calibration_sequence_length={max(2, found)}",
+        )
+    return list(blocks.split(SEQUENCES_PER_BATCH))
+
+
+def _collect(model: Any, blocks: list[torch.Tensor], on_batch: Callable[[int], None]) -> CalibrationStatistics:
+    from posttrain.methods.mla_upcycling.calibration import collect_statistics
+
+    try:
+        return collect_statistics(model, blocks, on_batch)
+    except ValueError as error:
+        fix = "evaluate the source model first: its activations must be finite"
+        raise StageError(str(error), where="mla_upcycle calibration", fix=fix) from error
+
+
+def _stored_dtype(ctx: StageContext) -> torch.dtype | None:
+    """The dtype the source's weights are stored in: a conversion does not change it."""
+    import torch
+
+    from posttrain.models.inspect import model_meta
+
+    name = model_meta(ctx.inputs["model"].path).extra.get("dtype")
+    return getattr(torch, str(name).removeprefix("torch.")) if name else None
+
+
+def _record(ctx: StageContext, report: Mapping[str, Any]) -> None:
+    layers = report["layers"]
+    means = {
+        f"mean_{name}": sum(layer[name] for layer in layers) / len(layers)
+        for name in ("rel_error", "key_error", "value_error", "energy", "rotary_energy")
+    }
+    ranks = [layer["kv_lora_rank"] for layer in layers]
+    ctx.record_result(
+        kv_ratio=report["kv_ratio"],
+        kv_lora_rank=ranks[0] if len(set(ranks)) == 1 else ranks,
+        calibration_tokens=report["calibration_tokens"],
+        **means,
+    )
+
+
+def _notes(cfg: MlaUpcycleConfig, shape: MlaShape, before: int, after: int, has_calibration: bool) -> list[str]:
+    asked = f" (asked: {cfg.kv_ratio:g})" if cfg.kv_ratio is not None else ""
+    notes = [
+        f"KV cache {shape.kv_lora_rank} + {shape.qk_rope_head_dim} of {shape.source_elements} elements per token and "
+        f"layer: ratio {shape.ratio:.4f}{asked}, {1 / shape.ratio:.2f}x smaller than the source",
+        f"parameters {after / before:.3f}x the source",
+    ]
+    if shape.kv_lora_rank > shape.hidden_size:
+        notes.append(f"rank {shape.kv_lora_rank} is wider than the hidden state, {shape.hidden_size}: some is unused")
+    if has_calibration and cfg.objective_for(True) == "weight":
+        notes.append("the calibration input is not used: the plan follows from the weights")
+    if not has_calibration and cfg.rotary_plan != "xeco":
+        notes.append("no calibration input: the plan follows from the weights, which is worse on real text")
+    return notes
+
+
+def _decomposition_bytes(shape: MlaShape) -> int:
+    """About ten float64 matrices of the un-repeated key/value width, and the layer's weights in float64."""
+    width = shape.source_elements
+    return 8 * (10 * width * width + (width + 2 * shape.heads * shape.head_dim) * shape.hidden_size)
+
+
+def _forward_bytes(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> int:
+    """One block's float32 activations at its widest; no logits are computed."""
+    tokens = SEQUENCES_PER_BATCH * cfg.calibration_sequence_length
+    return 4 * tokens * (6 * architecture["hidden_size"] + 3 * architecture["intermediate_size"])
+
+
+def _plan_bytes(shape: MlaShape) -> int:
+    expansion = shape.kv_heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+    return 4 * shape.layers * shape.kv_lora_rank * (shape.source_elements + expansion)

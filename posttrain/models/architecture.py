@@ -1,0 +1,226 @@
+"""Shapes of a decoder from its `config.json` fields: parameters and cache bytes without weights, without torch.
+
+Legend: D hidden_size, I intermediate_size, V vocab_size, L layers, H query heads, G KV heads, d_h head_dim,
+r kv_lora_rank, d_n/d_r/d_v position-free key, rotary key and value width of a latent-attention head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.errors import RecipeError
+
+SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Dense decoders whose blocks the upcycled model can follow."""
+
+SUPPORTED_ROPE = ("default", "linear", "dynamic", "yarn", "llama3")
+MIXERS = ("full_attention", "latent_attention")
+
+_COMMON: dict[str, Any] = {
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "attention_bias": False,
+    "head_dim": None,
+    "num_key_value_heads": None,
+}
+_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+}
+"""What transformers assumes where a family's `config.json` is silent, as far as it differs between families."""
+_FIXED_BIASES = {
+    "llama": {},
+    "mistral": {"attention_bias": False, "mlp_bias": False},
+    "qwen2": {"attention_bias": True, "mlp_bias": False},
+    "qwen3": {"mlp_bias": False},
+}
+"""Biases that a family has or lacks whatever its `config.json` says."""
+_OUT_BIAS_FOLLOWS = ("llama", "qwen3")
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_LATENT_OPTIONAL: dict[str, Any] = {
+    "q_lora_rank": None,
+    "rope_frequency_indices": None,
+    "query_pre_attn_scalar": None,
+    "latent_bias": False,
+    "latent_out_bias": None,
+    "qk_latent_layernorm": False,
+}
+
+
+def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture dict of a `config.json`: the fields that shapes depend on, with every default filled in.
+
+    Accepts its own result unchanged. Both spellings of the rotary settings are understood (`rope_parameters`, or
+    `rope_theta` with `rope_scaling`).
+
+    Raises:
+        RecipeError: the model is not one that can be converted or counted; the message names what is supported.
+    """
+    model_type = str(config.get("model_type") or "")
+    family = str(config.get("source_model_type") or "") if model_type == "upcycled" else model_type
+    if family not in SUPPORTED_FAMILIES:
+        _unsupported(f"model_type {model_type or 'missing'!r}" if model_type != "upcycled" else f"source {family!r}")
+    missing = [name for name in _REQUIRED if not isinstance(config.get(name), int)]
+    if missing:
+        raise RecipeError(
+            f"the {model_type} configuration lacks {', '.join(missing)}",
+            where="config.json (or `architecture:` of the model)",
+            fix=f"add {missing[0]}: <integer>",
+        )
+    _refuse_what_is_not_handled(config, family)
+    defaults = {**_COMMON, **_FAMILY[family]}
+    heads = config["num_attention_heads"]
+    result = {"model_type": model_type, **{name: config[name] for name in _REQUIRED}}
+    result |= {name: default if config.get(name) is None else config[name] for name, default in defaults.items()}
+    result["num_key_value_heads"] = config.get("num_key_value_heads", defaults["num_key_value_heads"]) or heads
+    result["head_dim"] = result["head_dim"] or result["hidden_size"] // heads
+    result["qk_norm"] = family == "qwen3"
+    if model_type != "upcycled":
+        result |= _FIXED_BIASES[family]
+    out_bias = family in _OUT_BIAS_FOLLOWS and result["attention_bias"]
+    result["attention_out_bias"] = bool(config.get("attention_out_bias", out_bias))
+    result["rope_parameters"] = _rope(config)
+    if model_type == "mistral":
+        result["sliding_window"] = None
+    if model_type == "upcycled":
+        result |= _upcycled_fields(config, result["num_hidden_layers"])
+        result["source_model_type"] = family
+    return result
+
+
+def per_layer(value: Any, layer: int) -> Any:
+    """The value of that layer, of a field that is one value for all layers or a list with one per layer."""
+    return value[layer] if isinstance(value, list | tuple) else value
+
+
+def mixers(arch: Mapping[str, Any]) -> list[str]:
+    """Mixer of every layer; a plain source has full attention everywhere."""
+    return list(arch.get("mixers") or ["full_attention"] * arch["num_hidden_layers"])
+
+
+def parameter_count(arch: Mapping[str, Any]) -> int:
+    """Parameters of the model with these shapes; tied embeddings count once. Equal to the model's own count."""
+    width, vocabulary = arch["hidden_size"], arch["vocab_size"]
+    embeddings = vocabulary * width * (1 if arch["tie_word_embeddings"] else 2)
+    return embeddings + width + sum(layer_parameters(arch, layer) for layer in range(arch["num_hidden_layers"]))
+
+
+def layer_parameters(arch: Mapping[str, Any], layer: int) -> int:
+    """Parameters of one block: mixer, MLP and the two norms."""
+    width, inner = arch["hidden_size"], arch["intermediate_size"]
+    mlp = 3 * width * inner + (2 * inner + width if arch["mlp_bias"] else 0)
+    return mixer_parameters(arch, layer) + mlp + 2 * width
+
+
+def mixer_parameters(arch: Mapping[str, Any], layer: int) -> int:
+    """Parameters of one layer's mixer."""
+    return _latent_parameters(arch, layer) if mixers(arch)[layer] == "latent_attention" else _full_parameters(arch)
+
+
+def cache_elements_per_token(arch: Mapping[str, Any]) -> list[int]:
+    """Cached elements one token adds, per layer: 2·G·d_h for full attention, r + d_r for latent attention."""
+    full = 2 * arch["num_key_value_heads"] * arch["head_dim"]
+    return [
+        per_layer(arch["kv_lora_rank"], layer) + arch["qk_rope_head_dim"] if mixer == "latent_attention" else full
+        for layer, mixer in enumerate(mixers(arch))
+    ]
+
+
+def cache_bytes_per_token(arch: Mapping[str, Any], element_size: int = 2) -> int:
+    """Bytes by which the cache grows per token, all layers; `element_size` in bytes (2: bf16)."""
+    return element_size * sum(cache_elements_per_token(arch))
+
+
+def _full_parameters(arch: Mapping[str, Any]) -> int:
+    width, query = arch["hidden_size"], arch["num_attention_heads"] * arch["head_dim"]
+    key_value = 2 * arch["num_key_value_heads"] * arch["head_dim"]
+    count = width * (query + key_value) + query * width
+    if arch["attention_bias"]:
+        count += query + key_value
+    return count + (width if arch["attention_out_bias"] else 0) + (2 * arch["head_dim"] if arch["qk_norm"] else 0)
+
+
+def _latent_parameters(arch: Mapping[str, Any], layer: int) -> int:
+    width, heads = arch["hidden_size"], arch["num_attention_heads"]
+    rank, query_rank = per_layer(arch["kv_lora_rank"], layer), per_layer(arch["q_lora_rank"], layer)
+    nope, rope, value = arch["qk_nope_head_dim"], arch["qk_rope_head_dim"], arch["v_head_dim"]
+    query, latent = heads * (nope + rope), rank + rope
+    count = width * query if query_rank is None else query_rank * (width + query)
+    count += width * latent + rank * heads * (nope + value) + heads * value * width
+    count += (query if arch["attention_bias"] else 0) + (latent if arch["latent_bias"] else 0)
+    count += width if arch["latent_out_bias"] else 0
+    return count + (rank + (query_rank or 0) if arch["qk_latent_layernorm"] else 0)
+
+
+def _upcycled_fields(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    kinds = list(config.get("mixers") or [])
+    unknown = sorted(set(kinds) - set(MIXERS))
+    if len(kinds) != layers or unknown:
+        raise RecipeError(
+            f"`mixers` must name one mixer for each of {layers} layers, not {kinds}",
+            where="config.json",
+            fix=f"known mixers: {', '.join(MIXERS)}",
+        )
+    missing = [name for name in _LATENT if config.get(name) is None] if "latent_attention" in kinds else []
+    if missing:
+        raise RecipeError(f"latent_attention needs {', '.join(missing)}", where="config.json", fix="convert it again")
+    fields = {"mixers": kinds, **{name: config.get(name) for name in _LATENT}}
+    fields.update({name: config.get(name, default) for name, default in _LATENT_OPTIONAL.items()})
+    if fields["latent_out_bias"] is None:
+        fields["latent_out_bias"] = bool(config.get("attention_out_bias"))
+    return fields
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind or "default")
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    if partial not in (None, 1, 1.0):
+        _unsupported(f"partial rotary embedding (factor {partial})")
+    if rope["rope_type"] not in SUPPORTED_ROPE:
+        _unsupported(f"rope_type {rope['rope_type']!r} (supported: {', '.join(SUPPORTED_ROPE)})")
+    return rope
+
+
+def _refuse_what_is_not_handled(config: Mapping[str, Any], family: str) -> None:
+    if any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        _unsupported("mixture of experts")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(name):
+            _unsupported(f"soft-capped logits ({name})")
+    if config.get("quantization_config"):
+        _unsupported("quantised weights (quantization_config)")
+    if window := _sliding_window(config, family):
+        _unsupported(f"sliding-window layers (window {window})")
+
+
+def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
+    """The window, if some layer has one that is shorter than the context; as transformers reads the configuration."""
+    layer_types = config.get("layer_types")
+    if layer_types and config.get("model_type") != "upcycled" and any("sliding" in kind for kind in layer_types):
+        return config.get("sliding_window") or 1
+    if config.get("model_type") == "mistral":
+        window = config.get("sliding_window", 4096)
+        context = config.get("max_position_embeddings") or _FAMILY["mistral"]["max_position_embeddings"]
+        return window if window is not None and window < context else None
+    if family.startswith("qwen") and config.get("use_sliding_window") and not layer_types:
+        full_layers = config.get("max_window_layers", 28)
+        return config.get("sliding_window", 4096) if full_layers < config["num_hidden_layers"] else None
+    return None
+
+
+def _unsupported(what: str) -> None:
+    raise RecipeError(
+        f"unsupported architecture: {what}",
+        where="config.json (or `architecture:` of the model)",
+        fix=f"use a dense full-attention model of a supported family: {', '.join(SUPPORTED_FAMILIES)}",
+    )

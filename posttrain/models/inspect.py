@@ -1,0 +1,217 @@
+"""What a model folder holds, read from its JSON and safetensors headers: no weights in memory, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RecipeError
+from posttrain.models.architecture import normalise
+from posttrain.pipeline.stage import ArtifactMeta
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHER_TOKENIZER_FILES = (
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+)
+_STATE_OF_LAST_CALL = ("padding", "truncation")
+_LIBRARY_DEFAULTS = {
+    "use_regex": True,
+    "ignore_merges": False,
+    "byte_fallback": False,
+    "fuse_unk": False,
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+}
+"""Fields a newer tokenizers library writes out and an older one left unsaid; they do not distinguish two tokenizers."""
+
+
+def read_architecture(folder: str | Path) -> dict[str, Any]:
+    """The normalised architecture of a model folder.
+
+    Raises:
+        RecipeError: no folder, no readable config.json, or an architecture that is not supported.
+    """
+    return normalise(_config(Path(folder)))
+
+
+def model_meta(folder: str | Path) -> ArtifactMeta:
+    """Everything a plan may know of a model folder. `extra` holds `eos_token_id`, `dtype` and `weight_bytes`."""
+    path = Path(folder)
+    config = _config(path)
+    generation = _optional_json(path / "generation_config.json")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return ArtifactMeta(
+        type="model",
+        architecture=normalise(config),
+        tokenizer=tokenizer_digest(path),
+        chat_template=chat_template_digest(path),
+        extra={
+            "eos_token_id": eos,
+            "dtype": config.get("dtype") or config.get("torch_dtype"),
+            "weight_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        },
+    )
+
+
+def tokenizer_digest(folder: str | Path) -> str | None:
+    """SHA-256 of what the tokenizer does, the same before and after transformers saved it again; None without one.
+
+    Padding and truncation are state of the last call, and spelling differs between library versions: both are left out.
+    """
+    path = Path(folder)
+    if (path / "tokenizer.json").is_file():
+        return _sha(_canonical(_tokenizer_content(_read_json(path / "tokenizer.json"))))
+    files = [path / name for name in _OTHER_TOKENIZER_FILES if (path / name).is_file()]
+    if not files:
+        return None
+    content = {file.name: hashlib.sha256(_plain_bytes(file)).hexdigest() for file in files}
+    return _sha(_canonical(content))
+
+
+def chat_template_digest(folder: str | Path) -> str | None:
+    """SHA-256 of the default chat template, wherever it is kept; None if there is none."""
+    path = Path(folder)
+    if (path / "chat_template.jinja").is_file():
+        return _sha((path / "chat_template.jinja").read_text(encoding="utf-8"))
+    template = _optional_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = next((item["template"] for item in template if item.get("name") == "default"), None)
+    return _sha(template) if template else None
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Look at config.json and at every safetensors header and size, without reading a weight.
+
+    Raises:
+        RecipeError: missing or broken config.json, unsupported architecture, missing, foreign or truncated weights.
+    """
+    path = Path(folder)
+    read_architecture(path)
+    shards = _shards(path)
+    for file, expected in shards.items():
+        missing = expected - set(_complete_tensors(file))
+        if missing:
+            raise RecipeError(
+                f"{file.name} lacks {len(missing)} tensors that the index promises, e.g. {sorted(missing)[0]}",
+                where=str(file),
+                fix="copy or download the folder again",
+            )
+
+
+def tensor_names(folder: str | Path) -> set[str]:
+    """Names of all tensors in a model folder, from the headers."""
+    return {name for file in _shards(Path(folder)) for name in _complete_tensors(file)}
+
+
+def _shards(path: Path) -> dict[Path, set[str]]:
+    """Weight files with the tensors the index promises in each (none promised without an index)."""
+    if (path / INDEX).is_file():
+        shards: dict[Path, set[str]] = {}
+        for name, file in _read_json(path / INDEX).get("weight_map", {}).items():
+            shards.setdefault(path / file, set()).add(name)
+    else:
+        shards = {path / WEIGHTS: set()}
+    for file in shards:
+        if not file.is_file():
+            foreign = sorted(other.name for other in path.iterdir() if other.suffix in (".bin", ".pt", ".pth", ".gguf"))
+            hint = f" (found {', '.join(foreign)})" if foreign else ""
+            raise RecipeError(
+                f"no {file.name} in this folder{hint}: weights are read from safetensors only",
+                where=str(path),
+                fix="save the model with `save_pretrained` of transformers, or copy the missing file",
+            )
+    return shards
+
+
+def _complete_tensors(file: Path) -> Iterator[str]:
+    """Tensor names of one safetensors file whose size agrees with its header."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(length) if 0 < length <= size - 8 else b""
+    try:
+        header = json.loads(raw)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _broken(file, f"its header is unreadable ({size} bytes on disk)") from None
+    if 8 + length + end != size:
+        raise _broken(file, f"it should have {8 + length + end} bytes and has {size}")
+    yield from tensors
+
+
+def _broken(file: Path, why: str) -> RecipeError:
+    return RecipeError(
+        f"{file.name} is truncated or damaged: {why}", where=str(file), fix="copy or download the file again"
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise RecipeError(
+            "this model folder does not exist", where=str(path), fix="give the folder that has config.json"
+        )
+    if not (path / "config.json").is_file():
+        raise RecipeError(
+            "this model folder has no config.json",
+            where=str(path),
+            fix="give the folder that `save_pretrained` wrote, or add the model's config.json",
+        )
+    return _read_json(path / "config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{file.name} is not valid JSON: {error}", where=str(file), fix="copy the file again"
+        ) from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file.name} is not a JSON object", where=str(file), fix="copy the file again")
+    return content
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    return _read_json(file) if file.is_file() else {}
+
+
+def _tokenizer_content(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    content = {key: value for key, value in tokenizer.items() if key not in (*_STATE_OF_LAST_CALL, "version")}
+    model = dict(content.pop("model", None) or {})
+    # The vocabulary is data: a token may be spelt like a field of the library.
+    vocabulary = model.pop("vocab", None)
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.pop("merges", None) or []]
+    return {"vocab": vocabulary, "merges": merges, "model": _without_defaults(model), **_without_defaults(content)}
+
+
+def _without_defaults(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _without_defaults(item)
+            for key, item in value.items()
+            if key not in _LIBRARY_DEFAULTS or item != _LIBRARY_DEFAULTS[key]
+        }
+    return [_without_defaults(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain_bytes(file: Path) -> bytes:
+    return _canonical(_read_json(file)).encode() if file.suffix == ".json" else file.read_bytes()
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

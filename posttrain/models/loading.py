@@ -1,0 +1,185 @@
+"""Read and write model folders. Weights are safetensors; what was written is read back and compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.errors import StageError
+from posttrain.models.inspect import check_model_folder
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+def load(path_or_name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of an artifact folder or a hub name, ready to generate.
+
+    The model is in evaluation mode, in the type its folder says, on the GPU if there is one.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if Path(path_or_name).expanduser().is_dir():
+        folder = Path(path_or_name).expanduser()
+        return load_model(folder, device=device, dtype="auto"), load_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(str(path_or_name), dtype="auto").to(device).eval()
+    return model, AutoTokenizer.from_pretrained(str(path_or_name))
+
+
+def load_model(
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The model of a folder in evaluation mode; `dtype="auto"` keeps the type it was saved in.
+
+    Raises:
+        RecipeError: the folder is not a complete model of a supported family.
+        StageError: its tensors are not those of its architecture (transformers would fill the gap with random ones).
+    """
+    check_model_folder(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
+    # Old checkpoints carry rotary buffers that no class reads any more.
+    extra = [name for name in info.get("unexpected_keys", ()) if not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        wrong["unexpected_keys"] = sorted(extra)
+    if wrong:
+        said = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
+        raise StageError(
+            f"the weights do not fit the architecture in config.json ({said})",
+            where=str(folder),
+            fix="save the model again with its own config.json",
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises StageError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"no tokenizer can be loaded: {str(error).splitlines()[0]}",
+            where=str(folder),
+            fix="copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write model and tokenizer to a folder; weights in `dtype` (null: as they are). Returns the folder.
+
+    Everything is written beside the folder, flushed to disk, read back and compared; then the files move in one by one,
+    config.json last. Weight files that a former save left there are removed; other files stay.
+
+    Raises:
+        StageError: the disk gave back something else than was written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        state = _cast_state(model, dtype)
+        model.save_pretrained(scratch, state_dict=dict(state), max_shard_size=max_shard_size)
+        if dtype is not None:
+            _write_dtype(scratch / "config.json", dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        _compare(scratch, state, model)
+        _flush(scratch)
+        _move_in(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _cast_state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    if dtype is None:
+        return state
+    names = {*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    kept = re.compile("|".join(rf"(^|\.){re.escape(name)}(\.|$)" for name in names)) if names else None
+    # Tied weights are one tensor under two names; they must stay one, or both would be written.
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not (kept and kept.search(name)):
+            key = (tensor.data_ptr(), tensor.shape)
+            if key not in cast:
+                cast[key] = tensor.to(dtype)
+            state[name] = cast[key]
+    return state
+
+
+def _write_dtype(config: Path, dtype: torch.dtype) -> None:
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _compare(folder: Path, state: dict[str, torch.Tensor], model: PreTrainedModel) -> None:
+    """Every tensor on disk is bit for bit the one in memory, and none but the tied ones is absent."""
+    seen: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                seen.add(name)
+                if name not in state or not _equal(tensors.get_tensor(name), state[name]):
+                    raise StageError(
+                        f"{name} was not written as it is in memory", where=str(file), fix="check the disk"
+                    )
+    absent = set(state) - seen - set(model.all_tied_weights_keys)
+    if absent:
+        raise StageError(f"{len(absent)} tensors were not written, e.g. {min(absent)}", where=str(folder))
+
+
+def _equal(written: torch.Tensor, wanted: torch.Tensor) -> bool:
+    wanted = wanted.detach().to("cpu").contiguous()
+    if written.dtype != wanted.dtype or written.shape != wanted.shape:
+        return False
+    return torch.equal(written.flatten().view(torch.uint8), wanted.flatten().view(torch.uint8))
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _move_in(scratch: Path, folder: Path) -> None:
+    new = {file.name for file in scratch.iterdir()}
+    (folder / "config.json").unlink(missing_ok=True)
+    for pattern in WEIGHT_FILES:
+        for stale in folder.glob(pattern):
+            if stale.name not in new:
+                stale.unlink()
+    for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
+        if file.is_dir():
+            shutil.rmtree(folder / file.name, ignore_errors=True)
+        os.replace(file, folder / file.name)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

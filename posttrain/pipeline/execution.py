@@ -1,0 +1,339 @@
+"""One execution of a plan: stage after stage in workers of their own, every step of the way an event."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING, Any, Protocol
+
+from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, PosttrainError
+from posttrain.pipeline.events import Event, EventLog, EventReader
+from posttrain.pipeline.files import write_text
+from posttrain.pipeline.lock import Lock, LockHeld, held
+from posttrain.pipeline.plan import Plan, StagePlan
+from posttrain.pipeline.progress import RunState, state_of
+from posttrain.pipeline.run_dir import FORMAT, RunDir
+from posttrain.pipeline.store import Artifact
+
+if TYPE_CHECKING:
+    from posttrain.launch.job import Job
+    from posttrain.launch.local import LocalWorker
+
+POLL_SECONDS = 0.1
+
+
+class Display(Protocol):
+    """What shows a run's course to somebody."""
+
+    def event(self, event: Event, state: RunState) -> None:
+        """One event has come; `state` includes it."""
+
+    def note(self, text: str) -> None:
+        """A sentence for the reader."""
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def event(self, event: Event, state: RunState) -> None:
+        return
+
+    def note(self, text: str) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: its folder, the exit code, why it failed, and the report when there is one."""
+
+    run_dir: RunDir
+    exit_code: int
+    message: str = ""
+    report: Path | None = None
+    followed: bool = False
+
+
+class Interrupted(Exception):
+    """A second Ctrl-C: the worker has been killed."""
+
+
+class Execution:
+    """One execution of a plan; the caller holds the run's lock."""
+
+    def __init__(self, plan: Plan, run_dir: RunDir, display: Display) -> None:
+        from posttrain.launch.signals import Interrupts
+
+        self.plan, self.run_dir, self.display = plan, run_dir, display
+        self.log = EventLog(run_dir.events_path)
+        self.reader = EventReader(run_dir.events_path, at_end=True)
+        self.state = state_of([], [planned.name for planned in plan.stages])
+        self.interrupts = Interrupts()
+        self.stopping = False
+        self.finished: dict[str, Artifact] = {}
+        self.worked = False
+
+    def run_all(self) -> RunResult:
+        self._freeze()
+        self.log.append("run_started", recipe=self.plan.resolved.recipe, stages=len(self.plan.stages))
+        status, code, message = "failed", EXIT_FAILED, ""
+        try:
+            with self.interrupts:
+                status, code, message = self._stages()
+        except Interrupted:
+            status, code, message = "interrupted", EXIT_INTERRUPTED, self._how_to_continue()
+        except PosttrainError as error:
+            message = str(error)
+            raise
+        finally:
+            self.log.append("run_finished", status=status, exit=code, message=message)
+            self._show_events()
+        report = self._report() if code == EXIT_DONE else None
+        return RunResult(self.run_dir, code, message, report)
+
+    def _freeze(self) -> None:
+        """Write run.json and the resolved recipe."""
+        created = self.run_dir.record()["created"] if self.run_dir.exists() else time.time()
+        record = make_record(self.plan, created)
+        text = self.plan.resolved.to_yaml()
+        if not self.run_dir.recipe_path.exists() or self.run_dir.recipe_path.read_text(encoding="utf-8") != text:
+            write_text(self.run_dir.recipe_path, text)
+        self.run_dir.write_record(record)
+
+    def _stages(self) -> tuple[str, int, str]:
+        for planned in self.plan.stages:
+            if planned.status == "cached" and planned.artifact is not None:
+                self._cached(planned, planned.artifact)
+        for planned in self.plan.to_do:
+            self._show_events()
+            if self._stop_wanted():
+                return self._stopped()
+            status, message = self._stage(planned)
+            self._show_events()
+            if status == "stopped":
+                return self._stopped()
+            if status == "failed":
+                return "failed", EXIT_FAILED, message
+        return "done", EXIT_DONE, ""
+
+    def _stopped(self) -> tuple[str, int, str]:
+        return "stopped", EXIT_STOPPED, self._how_to_continue()
+
+    def _how_to_continue(self) -> str:
+        return f"continue with: posttrain resume {self.run_dir.name}"
+
+    def _cached(self, planned: StagePlan, artifact: Artifact) -> None:
+        self.finished[planned.name] = artifact
+        self.run_dir.link_artifact(planned.name, artifact.folder)
+        self.log.append("stage_cached", planned.name, key=planned.key)
+        leftover = self.plan.store.work_dir(planned.stage.type, planned.key)
+        if leftover.exists() and not held(leftover / "lock") and not held(leftover / "runner"):
+            rmtree(leftover)
+
+    def _stage(self, planned: StagePlan) -> tuple[str, str]:
+        """Run one stage to its end; returns "done", "cached", "stopped" or "failed", and why."""
+        work_dir = self.plan.store.work_dir(planned.stage.type, planned.key)
+        claim = self._claim(planned, work_dir)
+        if claim is None:
+            return "stopped", ""
+        with claim:
+            return self._claimed(planned, work_dir)
+
+    def _claim(self, planned: StagePlan, work_dir: Path) -> Lock | None:
+        """The right to look after a work folder, once no other runner has it; None when a stop was asked for."""
+        from posttrain.launch.job import CLAIM, LOCK, Job
+        from posttrain.launch.local import end_orphan
+
+        told = False
+        while True:
+            try:
+                claim = Lock.acquire(work_dir / CLAIM, patience=0)
+            except LockHeld:
+                claim = None
+            if claim is not None and held(work_dir / LOCK) and Job.read(work_dir).attended:
+                self.display.note(f"{planned.name}: waiting for the worker of an earlier, dead runner to end")
+                end_orphan(work_dir)
+            if claim is not None and not held(work_dir / LOCK):
+                return claim
+            if claim is not None:
+                claim.release()
+            if not told:
+                self.display.note(f"{planned.name}: another run is computing it; waiting for that")
+                told = True
+            self._show_events()
+            if self._stop_wanted():
+                return None
+            time.sleep(POLL_SECONDS)
+
+    def _claimed(self, planned: StagePlan, work_dir: Path) -> tuple[str, str]:
+        """Run one stage whose work folder is ours."""
+        from posttrain.launch.local import LocalWorker
+
+        store, type_, key = self.plan.store, planned.stage.type, planned.key
+        artifact = store.find(type_, key)
+        if artifact is not None and not planned.forced:
+            self._cached(planned, artifact)
+            rmtree(work_dir, ignore_errors=True)
+            return "cached", ""
+        if planned.forced:
+            rmtree(work_dir / "outputs", ignore_errors=True)
+            rmtree(work_dir / "checkpoints", ignore_errors=True)
+            (work_dir / "metrics.jsonl").unlink(missing_ok=True)
+            if artifact is not None:
+                store.set_aside(type_, key)
+        self.worked = True
+        try:
+            job = self._job(planned)
+        except PosttrainError as error:
+            return self._failed(planned, str(error))
+        worker = LocalWorker.start(job, work_dir)
+        self.log.append("stage_started", planned.name, attempt=job.attempt, pid=worker.pid, log=job.log)
+        try:
+            code = self._attend(worker)
+        except Interrupted:
+            self.log.append("stage_stopped", planned.name, message="killed by a second Ctrl-C")
+            raise
+        except BaseException:
+            worker.kill()
+            raise
+        return self._conclude(planned, job, code)
+
+    def _job(self, planned: StagePlan) -> Job:
+        """The job with the inputs' measured metas; raises RecipeError when they do not fit after all."""
+        from posttrain.launch.job import Job
+
+        parents = {name: self.finished[one.stage] for name, one in planned.inputs.items()}
+        metas = {name: parents[name].metas[one.output] for name, one in planned.inputs.items()}
+        predicted = planned.stage.describe(planned.cfg, metas)
+        attempt = self.run_dir.next_attempt(planned.name)
+        engine = self.plan.resolved.frame.engine
+        return Job(
+            stage=planned.name,
+            type=planned.stage.type,
+            key=planned.key,
+            document=planned.document,
+            config=planned.cfg.model_dump(mode="json"),
+            seed=self.plan.resolved.frame.seed,
+            inputs={
+                name: {
+                    "reference": one.reference,
+                    "path": str(parents[name].output(one.output)),
+                    "key": one.key,
+                    "output": one.output,
+                    "meta": metas[name].to_json(),
+                }
+                for name, one in planned.inputs.items()
+            },
+            predicted={name: meta.to_json() for name, meta in predicted.items()},
+            estimate=planned.to_json()["estimate"],
+            target=str(self.plan.store.folder(planned.stage.type, planned.key)),
+            events=str(self.run_dir.events_path),
+            device=engine.device,
+            ranks=engine.ranks,
+            attempt=attempt,
+            log=str(self.run_dir.log_path(planned.name, attempt)),
+            environment=engine.model_dump(mode="json"),
+        )
+
+    def _attend(self, worker: LocalWorker) -> int:
+        """Follow a worker's events until it ends, passing on the wish to stop; returns its exit code."""
+        passed_on = False
+        while (code := worker.wait(POLL_SECONDS)) is None:
+            self._show_events()
+            if self.interrupts.count > 1:
+                worker.kill()
+                raise Interrupted
+            if self._stop_wanted() and not passed_on:
+                passed_on = True
+                worker.stop()
+        return code
+
+    def _stop_wanted(self) -> bool:
+        """Whether Ctrl-C, SIGTERM or `posttrain cancel` asked for an end."""
+        if self.interrupts.count and not self.stopping:
+            self.stopping = True
+            self.log.append("stop_requested", source="signal")
+            self.display.note("stopping: the stage saves its state first (Ctrl-C again ends it at once)")
+        return self.stopping
+
+    def _conclude(self, planned: StagePlan, job: Job, code: int) -> tuple[str, str]:
+        from posttrain.launch.job import read_outcome
+
+        self._show_events()
+        work_dir = self.plan.store.work_dir(planned.stage.type, planned.key)
+        outcome = read_outcome(work_dir)
+        artifact = self.plan.store.find(planned.stage.type, planned.key)
+        if artifact is not None:
+            self.finished[planned.name] = artifact
+            self.run_dir.link_artifact(planned.name, artifact.folder)
+            rmtree(work_dir, ignore_errors=True)
+            self.log.append("stage_finished", planned.name, seconds=artifact.manifest["seconds"])
+            return "done", ""
+        if outcome is not None and outcome["status"] == "stopped":
+            self.log.append("stage_stopped", planned.name, step=outcome["step"])
+            return "stopped", ""
+        if outcome is None and self.stopping:
+            self.log.append("stage_stopped", planned.name, message="ended before it could save")
+            return "stopped", ""
+        return self._failed(planned, self._failure(planned, job, outcome, code))
+
+    def _failure(self, planned: StagePlan, job: Job, outcome: dict[str, Any] | None, code: int) -> str:
+        lines = [f"stage {planned.name} failed"]
+        if outcome is None:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            memory = "; the system kills processes that take too much memory" if code == -9 else ""
+            lines = [f"the worker of stage {planned.name} {how} without saying why{memory}"]
+        elif outcome.get("known"):
+            lines.append(outcome["message"])
+        else:
+            lines.append(outcome.get("traceback") or outcome.get("message", ""))
+        lines.append(f"  log: {job.log}")
+        lines.append(f"  do: posttrain resume {self.run_dir.name}, once the cause is gone")
+        return "\n".join(lines)
+
+    def _failed(self, planned: StagePlan, message: str) -> tuple[str, str]:
+        self.log.append("stage_failed", planned.name, message=message)
+        if planned.forced and self.plan.store.restore(planned.stage.type, planned.key):
+            self.display.note(f"{planned.name}: the artifact that --force had set aside is back")
+        return "failed", message
+
+    def _show_events(self) -> None:
+        for event in self.reader.poll():
+            self.state.update(event)
+            self.display.event(event, self.state)
+            if event["event"] == "stop_requested":
+                self.stopping = True
+
+    def _report(self) -> Path:
+        """Build the report, unless nothing has changed since it was built."""
+        if not self.worked and self.run_dir.report_path.exists():
+            return self.run_dir.report_path
+        from posttrain import report
+
+        return report.build(self.run_dir.path)
+
+
+def make_record(plan: Plan, created: float) -> dict[str, Any]:
+    """The content of run.json."""
+    resolved = plan.resolved
+    return {
+        "format": FORMAT,
+        "name": plan.run_name,
+        "recipe": resolved.recipe,
+        "recipe_digest": plan.recipe_digest,
+        "description": resolved.frame.description,
+        "overrides": list(resolved.overrides),
+        "created": created,
+        "cwd": str(Path.cwd()),
+        "seed": resolved.frame.seed,
+        "stages": [
+            {
+                **{field: planned.to_json()[field] for field in ("name", "type", "key", "inputs")},
+                "artifact": plan.store.folder(planned.stage.type, planned.key).relative_to(plan.outputs).as_posix(),
+                "status": "cached" if planned.status == "cached" else "pending",
+                "key_document": planned.document,
+            }
+            for planned in plan.stages
+        ],
+    }

@@ -1,0 +1,132 @@
+"""Stops a plan that costs too much or cannot fit, and says what to do instead. Unknown values are never guessed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from posttrain.errors import Problem, RecipeError
+from posttrain.pipeline.plan import Plan, StagePlan
+from posttrain.pipeline.plan_text import big_number, size
+
+DATA_PASSES = 10
+"""A training stage that goes over its data more often than this stops at the plan."""
+
+
+def guard(plan: Plan) -> list[str]:
+    """Check what has still to run against data, memory and disk; returns what could not be checked.
+
+    Raises:
+        RecipeError: with every excess, its cost, and the remedy.
+    """
+    remedy = _remedy(plan)
+    device, capacity, unknown = _capacity(plan.resolved.frame.engine.device) if plan.to_do else ("", None, [])
+    problems = []
+    for planned in plan.to_do:
+        for problem in (_tokens(planned, remedy), _memory(planned, device, capacity, remedy)):
+            if problem is not None:
+                problems.append(problem)
+        unknown += _unknowns(planned)
+    disk = _disk(plan)
+    if disk is not None:
+        problems.append(disk)
+    if problems:
+        raise RecipeError(problems=problems)
+    return unknown
+
+
+def _remedy(plan: Plan) -> str:
+    smaller = [f"scale={name}" for name in plan.resolved.frame.scales]
+    smaller.sort(key=lambda text: text != "scale=demo")
+    return f"choose a smaller size ({' or '.join(smaller)}), or --yes to do it all the same" if smaller else (
+        "lower the stage's settings, or --yes to do it all the same"
+    )
+
+
+def _tokens(planned: StagePlan, remedy: str) -> Problem | None:
+    tokens, data = planned.estimate.tokens, planned.estimate.data_tokens
+    if not planned.estimate.trainable or tokens is None or data is None or tokens <= DATA_PASSES * data:
+        return None
+    passes = f"{tokens / data:,.0f} times over" if data else "without any data"
+    cost = f"{big_number(tokens)} tokens, but its data has {big_number(data)}"
+    return Problem(f"stage {planned.name} would train on {cost}: {passes}", f"stages.{planned.name}", remedy)
+
+
+def _memory(planned: StagePlan, device: str, capacity: int | None, remedy: str) -> Problem | None:
+    needed = sum(planned.estimate.memory.values())
+    if capacity is None or needed <= capacity:
+        return None
+    terms = ", ".join(f"{term} {size(value)}" for term, value in planned.estimate.memory.items())
+    what = f"stage {planned.name} needs about {size(needed)} of memory ({terms}), but {device} has {size(capacity)}"
+    return Problem(what, f"stages.{planned.name}", remedy)
+
+
+def _disk(plan: Plan) -> Problem | None:
+    needed = sum(planned.estimate.disk_bytes or 0 for planned in plan.to_do)
+    folder = _existing_parent(plan.outputs)
+    free = free_disk(folder)
+    if needed <= free:
+        return None
+    what = f"the run would leave {size(needed)} on disk, but {folder} has {size(free)} free"
+    return Problem(what, "paths.outputs", "write paths.outputs=FOLDER on a larger disk, or `posttrain clean`")
+
+
+def _unknowns(planned: StagePlan) -> list[str]:
+    estimate = planned.estimate
+    unknown = []
+    if estimate.trainable and estimate.data_tokens is None:
+        unknown.append(f"{planned.name}: tokens in its data are unknown, so its budget was not compared with them")
+    if estimate.trainable and not estimate.memory:
+        unknown.append(f"{planned.name}: peak memory is unknown, so it was not compared with the device")
+    return unknown
+
+
+def _capacity(device: str) -> tuple[str, int | None, list[str]]:
+    """Name of the device, its memory in bytes (None: unknown), and what could not be found out."""
+    if device != "cpu":
+        memory = _gpu_memory()
+        if memory is not None:
+            return "the GPU", memory, []
+        if device == "cuda":
+            return "the GPU", None, ["the GPU's memory (no nvidia-smi), so the plan was not compared with it"]
+    return "this machine", host_memory(), []
+
+
+def host_memory() -> int:
+    """Physical memory in bytes, or the control group's limit where that is lower."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return physical
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+def _gpu_memory() -> int | None:
+    """Memory of the smallest GPU in bytes, None without nvidia-smi or GPU."""
+    import shutil
+    import subprocess
+
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+
+    command = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    sizes = [int(line) for line in answer.split() if line.isdigit()]
+    return min(sizes) * 2**20 if sizes else None
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that may still be written where that folder is."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _existing_parent(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

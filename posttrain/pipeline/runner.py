@@ -1,0 +1,95 @@
+"""Run a plan, or follow the process that runs it already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from posttrain.errors import EXIT_DONE, EXIT_STOPPED, Problem, RecipeError
+from posttrain.pipeline.events import EventReader
+from posttrain.pipeline.execution import POLL_SECONDS, Display, Execution, Quiet, RunResult
+from posttrain.pipeline.lock import Lock, LockHeld, Owner, held
+from posttrain.pipeline.plan import Plan
+from posttrain.pipeline.progress import RunState
+from posttrain.pipeline.run_dir import RunDir
+
+
+def plan_and_run(make: Callable[[], Plan], display: Display | None = None, *, yes: bool = False) -> RunResult:
+    """Make a plan, hold it against the guard unless `yes`, and execute it."""
+    from posttrain.pipeline.guard import guard
+
+    plan = make()
+    check_selection(plan)
+    if plan.to_do and not yes:
+        guard(plan)
+    return run_plan(plan, display)
+
+
+def run_plan(plan: Plan, display: Display | None = None) -> RunResult:
+    """Execute a plan's selected stages and build the report.
+
+    A run that another process executes already is followed to its end instead.
+
+    Raises:
+        RecipeError: nothing ran: a stage that was left out is missing, or the run's name is another recipe's.
+    """
+    display = display or Quiet()
+    check_selection(plan)
+    check_name(plan)
+    run = plan.run_dir
+    try:
+        lock = Lock.acquire(run.lock_path)
+    except LockHeld as error:
+        return follow(run, display, error.owner)
+    with lock:
+        return Execution(plan, run, display).run_all()
+
+
+def check_selection(plan: Plan) -> None:
+    """Raises RecipeError unless whatever a selected stage needs and the selection leaves out is in the store."""
+    needed = {one.stage for planned in plan.to_do for one in planned.inputs.values()}
+    problems = [
+        Problem(
+            f"stage {planned.name} is left out, but a selected stage needs it and it is not in the store",
+            fix=f"run it first: posttrain run {plan.resolved.recipe} … --until {planned.name}",
+        )
+        for planned in plan.stages
+        if planned.name in needed and not planned.selected and planned.status != "cached"
+    ]
+    if problems:
+        raise RecipeError(problems=problems)
+
+
+def check_name(plan: Plan) -> None:
+    """Raises RecipeError when the run's name belongs to a run of another resolved recipe."""
+    run = plan.run_dir
+    if run.exists() and run.record().get("recipe_digest") != plan.recipe_digest:
+        raise RecipeError(
+            f"run {run.name} exists and was made with other settings",
+            str(run.path),
+            f"choose another --name, or remove it: rm -r {run.path}",
+        )
+
+
+def follow(run: RunDir, display: Display, owner: Owner | None = None) -> RunResult:
+    """Show a run that another process executes, and end with its result."""
+    display.note(f"run {run.name} is executed by process {owner.pid if owner else 'unknown'}; following it")
+    reader = EventReader(run.events_path)
+    state = RunState()
+    shown = False
+    while True:
+        still_held = held(run.lock_path)
+        for event in reader.poll():
+            state.update(event)
+            if shown:
+                display.event(event, state)
+        shown = True
+        if not still_held:
+            break
+        time.sleep(POLL_SECONDS)
+    if state.exit_code is None:
+        message = f"the process that executed run {run.name} is gone; continue it: posttrain resume {run.name}"
+        return RunResult(run, EXIT_STOPPED, message, followed=True)
+    failed = [stage.message for stage in state.stages.values() if stage.status == "failed"]
+    report = run.report_path if state.exit_code == EXIT_DONE and run.report_path.exists() else None
+    return RunResult(run, state.exit_code, failed[-1] if failed else "", report, followed=True)

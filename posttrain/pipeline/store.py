@@ -1,0 +1,246 @@
+"""The artifact store: one immutable folder a key, whose manifest is written last. No manifest, no artifact.
+
+`<root>/<stage type>/<key>/` holds a folder per output and `manifest.json`. Work goes on in `.work-<key>` beside it;
+finalising seals `.work-<key>/outputs` (hash, fsync, manifest) and renames it into place, so that a crash at any moment
+leaves either a work folder that can be resumed or a complete artifact. `.old-<key>` is an artifact that a forced rerun
+has set aside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import PosttrainError, RecipeError, StageError
+from posttrain.pipeline.files import list_files, read_json, remove_tree, sync_file, sync_folder, write_json
+from posttrain.pipeline.fingerprint import digest, hash_file
+from posttrain.pipeline.stage import ArtifactMeta
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+REQUIRED_FILES = {
+    "model": ("config.json",),
+    "dataset": ("rows.jsonl", "dataset.json"),
+    "history": ("history.jsonl",),
+    "conversion": ("conversion.json",),
+    "evaluation": ("metrics.json",),
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact: its folder and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return self.manifest["key"]
+
+    @property
+    def metas(self) -> dict[str, ArtifactMeta]:
+        """What was measured of every output."""
+        return {name: ArtifactMeta.from_json(output["meta"]) for name, output in self.manifest["outputs"].items()}
+
+    def output(self, name: str) -> Path:
+        """Folder of one output."""
+        return self.folder / name
+
+
+class Store:
+    """The folder `outputs/store`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, type_: str, key: str) -> Path:
+        return self.root / type_ / key
+
+    def work_dir(self, type_: str, key: str) -> Path:
+        return self.root / type_ / f".work-{key}"
+
+    def aside(self, type_: str, key: str) -> Path:
+        return self.root / type_ / f".old-{key}"
+
+    def find(self, type_: str, key: str) -> Artifact | None:
+        """The artifact of that key, None when there is none.
+
+        Raises:
+            RecipeError: its manifest was changed or cannot be read.
+        """
+        folder = self.folder(type_, key)
+        return read_artifact(folder) if (folder / MANIFEST).exists() else None
+
+    def artifacts(self) -> Iterator[Path]:
+        """Folders of all artifacts, without opening them."""
+        for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+            if not manifest.parent.name.startswith("."):
+                yield manifest.parent
+
+    def work_dirs(self) -> list[Path]:
+        """All work folders, abandoned or not."""
+        return sorted(self.root.glob("*/.work-*"))
+
+    def set_aside(self, type_: str, key: str) -> None:
+        """Move an artifact out of the way of a forced rerun; the new one's publication removes it."""
+        old = self.aside(type_, key)
+        if old.exists():
+            remove_tree(old)
+        os.rename(self.folder(type_, key), old)
+        sync_folder(old.parent)
+
+    def restore(self, type_: str, key: str) -> bool:
+        """Undo `set_aside` when no new artifact came; true when something was restored."""
+        old, folder = self.aside(type_, key), self.folder(type_, key)
+        if not old.exists() or folder.exists():
+            return False
+        os.rename(old, folder)
+        sync_folder(folder.parent)
+        return True
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's canonical JSON without the field that holds it."""
+    return digest({name: value for name, value in manifest.items() if name != "sha256"})
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Open a complete artifact, checking its manifest against itself (not its files: see `verify`).
+
+    Raises:
+        RecipeError: the manifest is unreadable, of another format, or was changed after it was written.
+    """
+    path = folder / MANIFEST
+    fix = f"remove the artifact and let it be made again: rm -r {folder}"
+    try:
+        manifest = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the manifest of an artifact cannot be read: {error}", str(path), fix) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise RecipeError(f"the manifest is not of format {FORMAT}, which this posttrain reads", str(path), fix)
+    if manifest.get("sha256") != _digest_or_none(manifest):
+        what = "the manifest was changed after it was written: its SHA-256 does not match"
+        raise RecipeError(what, str(path), f"put it back, or {fix}")
+    if manifest["key"] != folder.name and folder.name not in ("outputs", f".old-{manifest['key']}"):
+        raise RecipeError(f"the artifact's folder was renamed: its key is {manifest['key']}", str(folder), fix)
+    return Artifact(folder, manifest)
+
+
+def _digest_or_none(manifest: Mapping[str, Any]) -> str | None:
+    try:
+        return manifest_digest(manifest)
+    except ValueError:
+        return None
+
+
+def seal(work_dir: Path, manifest: Mapping[str, Any]) -> None:
+    """Turn `work_dir/outputs` into an artifact in all but its place.
+
+    `manifest["outputs"]` holds type and meta of every declared output; the files' digests are added here.
+
+    Raises:
+        StageError: an output is missing, empty, undeclared, holds links, or lacks a file its type requires.
+    """
+    outputs = work_dir / "outputs"
+    (outputs / MANIFEST).unlink(missing_ok=True)
+    declared = manifest["outputs"]
+    _check_declared(outputs, declared)
+    files = {name: _hash_output(outputs / name, name, declared[name]["type"]) for name in declared}
+    _sync_tree(outputs)
+    complete = {
+        **manifest,
+        "outputs": {name: {**declared[name], "files": files[name]} for name in declared},
+    }
+    write_json(outputs / MANIFEST, {**complete, "sha256": manifest_digest(complete)})
+
+
+def sealed(work_dir: Path) -> bool:
+    """Whether a crash came between `seal` and `publish`: nothing is left to do but to publish."""
+    try:
+        read_artifact(work_dir / "outputs")
+    except PosttrainError:
+        return False
+    return True
+
+
+def publish(work_dir: Path, target: Path) -> Artifact:
+    """Rename sealed outputs into place and drop the stage's checkpoints; the work folder itself stays for its owner."""
+    if target.exists() and not (target / MANIFEST).exists():
+        remove_tree(target)
+    if not target.exists():
+        os.rename(work_dir / "outputs", target)
+        sync_folder(target.parent)
+    old = target.with_name(f".old-{target.name}")
+    if old.exists():
+        remove_tree(old)
+    checkpoints = work_dir / "checkpoints"
+    if checkpoints.exists():
+        remove_tree(checkpoints)
+    return read_artifact(target)
+
+
+def _check_declared(outputs: Path, declared: Mapping[str, Any]) -> None:
+    for entry in sorted(outputs.iterdir()) if outputs.exists() else []:
+        if entry.name.startswith(".") and entry.is_file():
+            entry.unlink()
+        elif entry.name not in declared:
+            raise StageError(f"the stage wrote an output '{entry.name}' that it does not declare", str(entry))
+    for name, output in declared.items():
+        if not (outputs / name).is_dir() or not any((outputs / name).iterdir()):
+            what = f"the stage ended without writing its output '{name}' (a {output['type']})"
+            raise StageError(what, str(outputs / name))
+
+
+def _hash_output(folder: Path, name: str, type_: str) -> dict[str, dict[str, Any]]:
+    files = list_files(folder)
+    for relative in REQUIRED_FILES.get(type_, ()):
+        if relative not in files:
+            raise StageError(f"output '{name}' is no {type_}: it has no {relative}", str(folder))
+    for path in [*files.values(), *(p for p in folder.rglob("*") if p.is_dir())]:
+        if path.is_symlink():
+            raise StageError(f"output '{name}' holds a link, which an artifact may not", str(path))
+    return {relative: {"sha256": hash_file(path), "size": path.stat().st_size} for relative, path in files.items()}
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in list_files(folder).values():
+        sync_file(path)
+    for parent in [*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent]:
+        sync_folder(parent)
+
+
+def verify(folder: Path) -> list[str]:
+    """Re-hash an artifact's files; one line for every one that is changed, missing or extra, none when all is well."""
+    try:
+        artifact = read_artifact(folder)
+    except RecipeError as error:
+        return [error.problems[0].what]
+    lines = []
+    expected = {
+        f"{name}/{relative}": entry
+        for name, output in artifact.manifest["outputs"].items()
+        for relative, entry in output["files"].items()
+    }
+    present = {name: path for name, path in list_files(folder).items() if name != MANIFEST}
+    for name, entry in expected.items():
+        if name not in present:
+            lines.append(f"missing: {name}")
+        elif present[name].stat().st_size != entry["size"] or hash_file(present[name]) != entry["sha256"]:
+            lines.append(f"changed: {name}")
+    return lines + [f"extra: {name}" for name in present if name not in expected]
+
+
+def link(path: Path, target: Path) -> None:
+    """Make `path` a relative link to `target`, replacing an earlier link at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    relative = os.path.relpath(target, path.parent)
+    if path.is_symlink() and os.readlink(path) == relative:
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    aside.unlink(missing_ok=True)
+    os.symlink(relative, aside)
+    os.replace(aside, path)

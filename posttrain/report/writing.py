@@ -1,0 +1,48 @@
+"""Puts a report together and writes it, unless the one on disk was made from the same inputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from posttrain.pipeline.files import write_text
+from posttrain.report import html, markdown
+from posttrain.report.blocks import Figure
+from posttrain.report.read import read_run
+
+HEAD_BYTES = 512
+
+
+def build_report(run_dir: Path) -> Path:
+    """See `posttrain.report.build`."""
+    page, text = run_dir / "report.html", run_dir / "report.md"
+    run = read_run(run_dir)
+    digest = run.digest()
+    if text.is_file() and page.is_file() and _digest_on_disk(page) == digest:
+        return page
+    from posttrain.report.content import content, title
+
+    blocks = content(run)
+    folder = run_dir / markdown.FILES
+    folder.mkdir(exist_ok=True)
+    figures = {f"{name}.png": png for block in blocks if isinstance(block, Figure) for name, png in block.panels}
+    for stale in folder.glob("*.png"):
+        if stale.name not in figures:
+            stale.unlink()
+    for name, png in figures.items():
+        _write_bytes(folder / name, png)
+    write_text(text, markdown.render(blocks))
+    # Last, since its digest says that everything else is in place.
+    write_text(page, html.render(title(run), blocks, digest))
+    return page
+
+
+def _digest_on_disk(page: Path) -> str | None:
+    with page.open(encoding="utf-8") as file:
+        return html.read_digest(file.read(HEAD_BYTES))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    aside = path.with_name(f".{path.name}.aside")
+    aside.write_bytes(data)
+    os.replace(aside, path)

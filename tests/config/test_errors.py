@@ -1,0 +1,238 @@
+"""Everything wrong with a recipe, at once, each with its origin and what to type instead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from posttrain.config import load_recipe
+from posttrain.errors import Problem, RecipeError
+
+
+def problems(recipe: str, overrides: list[str], **places: Path) -> list[Problem]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides, **places)
+    return caught.value.problems
+
+
+def test_four_kinds_of_typos_are_told_together() -> None:
+    typed = [
+        "stages.distill.max_stesp=3",
+        "stages.upcycle.kv_lora_rank=abc",
+        "stages.evaluate.inputs.model=distil.model",
+        "model=smolm2_135m",
+    ]
+    found = problems("x_ecomla", ["scale=smoke", *typed])
+    assert [problem.where for problem in found] == typed
+    assert [problem.fix for problem in found] == [
+        "write stages.distill.max_steps=3",
+        "write stages.upcycle.kv_lora_rank=N with N a whole number greater than 0",
+        "write stages.evaluate.inputs.model=distill.model",
+        "write model=smollm2_135m",
+    ]
+    assert "a whole number greater than 0, or null" in found[1].what and "Latent width" in found[1].what
+
+
+@pytest.mark.parametrize(
+    ("typed", "words", "fix"),
+    [
+        ("stages.distill.lr", "no `=`", "write stages.distill.lr=VALUE without spaces"),
+        (
+            "stages.distill.lr=1e-4,1e-5",
+            "several values",
+            "write 'stages.distill.lr=[1e-4,1e-5]' for a list, or one value",
+        ),
+        ("description=a=(b", "cannot be read", "quote it: write 'description=\"a=(b\"'"),
+        ("stages.evaluate.prompts[0]=b", "cannot be read", "write stages.evaluate.prompts.0=b"),
+        ("scale=smok", "no scale `smok`", "write scale=smoke"),
+        ("scal=smoke", "no section `scal`", "write scale=smoke"),
+        ("modle=tiny", "no section `modle`", "write model=tiny"),
+        ("modle@models.t=tiny", "no group `modle`", "write model@models.t=tiny"),
+        ("model@teacher=tiny", "where the model goes", "write model@models.teacher=tiny"),
+        ("engine@x=cpu", "where the engine goes", "write engine=OPTION"),
+        ("stage=distill", "where the stage goes", "write stage@stages.NAME=OPTION"),
+        ("model=./m", "not among the options", "write model.path=./m to use a folder or file of your own"),
+        (
+            "data@datasets.d=a/b.jsonl",
+            "not among",
+            "write datasets.d.path=a/b.jsonl to use a folder or file of your own",
+        ),
+        ("tracker=wanbd", "none, wandb", "write tracker=wandb"),
+        ("stage@stages.distill=distil", "mla_upcycle", "write stage@stages.distill=distill"),
+        ("~stage@stages.distill", "without a type", "write ~stages.distill"),
+        ("~stages.evalute", "nothing to delete", "write ~stages.evaluate"),
+        ("~stages.distill.lr=5", "is not 5", "write ~stages.distill.lr"),
+        ("distill.max_steps=3", "no section `distill`", "write stages.distill.max_steps=3"),
+        ("stages.distil.max_steps=3", "no stage `distil`", "write stages.distill.max_steps=3"),
+        ("stages.distill=null", "a section", "write ~stages.distill to delete it"),
+        ("stages.distill.lr.x=3", "a number greater than 0", "write stages.distill.lr=8e-05"),
+        ("stages.distill.precision=fp23", "one of fp32, bf16", "write stages.distill.precision=fp32"),
+        ("stages.distill.max_steps=0", "at least 1", "write stages.distill.max_steps=1000"),
+        ("stages.evaluate.prompts.9=x", "a list of 4", None),
+        ("seed=-1", "at least 0 and less than 4294967296", "write seed=0"),
+        ("paths=3", "a section", "write paths.KEY=VALUE; the keys are outputs"),
+        ("stages=3", "a section", "write stages.KEY=VALUE"),
+        ("run.limit_hours=soon", "a number greater than 0", "write run.limit_hours=1.0"),
+        ("engine.ranks=2", "at most 1", "write engine.ranks=1"),
+        ("hydra.run.dir=x", "Hydra itself", None),
+        ("stages.distill._target_=os.system", "data and cannot name code", None),
+        ("stages.distill.x={_target_: os.system}", "data and cannot name code", None),
+        ("description=${oc.env:HOME}", "only plain references", None),
+        ("description=${run.naem}", "run.naem", None),
+        ("description=${description}", "description", None),
+        ("run.name=???", "must be given", "write run.name=VALUE"),
+        ("run.name=a/b", "text matching", None),
+        (
+            "stages.upcycle.inputs.calibration=data.trian",
+            "no output 'trian'",
+            "write stages.upcycle.inputs.calibration=data.train",
+        ),
+        ("stages.upcycle.inputs.modle=model", "no input 'modle'", None),
+        ("stage@stages.model=evaluate", "names a source", None),
+        (
+            "stages.upcycle.kv_lora_rank=32",
+            "exactly one",
+            "write stages.upcycle.kv_ratio=null stages.upcycle.kv_lora_rank=32",
+        ),
+    ],
+)
+def test_one_mistake_one_remedy(typed: str, words: str, fix: str | None) -> None:
+    known = ["stages.evaluate.prompts=[a,b,c,d]"] if "prompts" in typed else []
+    found = problems("x_ecomla", [*known, typed])
+    mine = [problem for problem in found if problem.where == typed]
+    assert any(words in problem.what for problem in mine), found
+    if fix is not None:
+        assert fix in [problem.fix for problem in mine]
+    assert not any("+" in problem.fix for problem in found), "Hydra's own hint teaches the wrong cure"
+
+
+def test_a_refused_target_is_told_once() -> None:
+    assert len(problems("x_ecomla", ["stages.distill._target_=os.system"])) == 1
+
+
+def test_no_resolver_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "told")
+    found = problems("x_ecomla", ["description='${oc.env:SECRET}'", "run.name='${oc.create:${oc.env:SECRET}}'"])
+    assert len(found) == 2 and "told" not in str(found)
+
+
+YAML = """# mistakes
+defaults:
+  - base
+  - model: smolm2_135m
+  - data: demo_text
+  - stage@stages.upcycle: mla_upcycle
+  - stage@stages.distill: distil
+  - _self_
+sede: 3
+stages:
+  upcycle:
+    inputs: {model: model, calibration: data.trian}
+    kv_lora_rank: abc
+  husk: {inputs: {}}
+  distill:
+    inputs: {student: upcycle.model, teacher: model, data: data.train}
+    max_stesp: 3
+    _target_: os.system
+    lr: ${sed}
+  other: {type: evalute}
+scales:
+  smoke:
+    - model=tinny
+    - stages.distill.max_steps=x
+  bad: 3
+"""
+
+
+def test_the_same_in_a_file_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(YAML)
+    found = {problem.where: problem for problem in problems("./mine.yaml", ["scale=smoke"], cwd=tmp_path)}
+    expected = {
+        "mine.yaml:4": "write model: smollm2_135m",
+        "mine.yaml:7": "write stage@stages.distill: distill",
+        "mine.yaml:9": "write seed instead of sede",
+        "mine.yaml:12": "write calibration: data.train",
+        "mine.yaml:13": "write kv_lora_rank: N with N a whole number greater than 0",
+        "mine.yaml:14": "choose one with stage@stages.husk=TYPE, or delete the stage with ~stages.husk",
+        "mine.yaml:17": "write max_steps instead of max_stesp",
+        "mine.yaml:18": None,
+        "mine.yaml:19": None,
+        "mine.yaml:20": "write type: evaluate",
+        "mine.yaml:23 (model=tinny)": "write model=tiny",
+        "mine.yaml:24 (stages.distill.max_steps=x)": "write stages.distill.max_steps=1000",
+        "mine.yaml:25": None,
+    }
+    assert set(found) == set(expected)
+    for where, fix in expected.items():
+        assert fix is None or found[where].fix == fix
+
+
+def test_a_mistake_in_an_option_names_the_options_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("# mine\nbuilder: tiny\nmax_row: 3\n")
+    found = problems("x_ecomla", ["data=mine"], config_dir=tmp_path, cwd=tmp_path)
+    assert [(problem.where, problem.fix) for problem in found] == [
+        ("data/mine.yaml:3", "write max_rows instead of max_row")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("defaults: base\n", 1, "should be a list"),
+        ("defaults:\n  - base\n  - model: [tiny, tiny]\n", 3, "group: option"),
+        ("defaults:\n  - base\n  - model: ${oc.env:HOME}\n", 3, "may not be computed"),
+        ("defaults:\n  - bas\n", 2, "not among what a defaults list can name"),
+        ("defaults:\n  - base\n  - modle: tiny\n", 3, "no group `modle`"),
+        ("defaults:\n  - base\n  - optional model: tinny\n", 3, "not among the options of model"),
+        ("stages: [a]\n", 1, "a section"),
+        ("stages: {a.b: {type: evaluate}}\n", 1, "cannot be a name"),
+        ("stages: {a: {type: model_source}}\n", 1, "unknown type `model_source`"),
+        ("a: [1\n", 2, "not valid YAML"),
+        ("defaults: [mine]\n", 1, "not among what a defaults list can name"),
+        ("- 1\n", None, "keys and values"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, line: int | None, words: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    found = problems("./mine.yaml", [], cwd=tmp_path)
+    where = f"mine.yaml:{line}" if line else "mine.yaml"
+    assert any(problem.where == where and words in problem.what for problem in found), found
+
+
+def test_files_that_include_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("defaults: [b]\n")
+    (tmp_path / "b.yaml").write_text("defaults: [c]\n")
+    (tmp_path / "c.yaml").write_text("defaults: [b]\n")
+    assert "include each other" in problems("./a.yaml", [], cwd=tmp_path)[0].what
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "fix"),
+    [
+        ("x_ecolma", "no recipe `x_ecolma`", "write x_ecomla"),
+        ("./x_ecomla.yaml", "no recipe file", "write x_ecomla for the shipped recipe"),
+        ("./mone.yaml", "no recipe file", "write ./mine.yaml"),
+        ("mine", "no recipe `mine`", "write ./mine.yaml for the file in this folder"),
+        ("old.yml", "should end in .yaml", "rename it to old.yaml"),
+        ("model=tiny", "where the recipe should", None),
+    ],
+)
+def test_a_recipe_that_is_not_there(tmp_path: Path, recipe: str, words: str, fix: str | None) -> None:
+    (tmp_path / "mine.yaml").write_text("# mine\n")
+    (tmp_path / "old.yml").write_text("# old\n")
+    (problem,) = problems(recipe, [], cwd=tmp_path)
+    assert words in problem.what
+    assert fix is None or problem.fix == fix
+
+
+def test_a_config_dir_that_is_not_there(tmp_path: Path) -> None:
+    assert "no folder" in problems("x_ecomla", [], config_dir=tmp_path / "absent")[0].what
+
+
+def test_nothing_is_written_by_a_refused_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    problems("x_ecomla", ["model=smolm2_135m"])
+    assert os.listdir(tmp_path) == []

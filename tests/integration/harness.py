@@ -1,0 +1,116 @@
+"""Runs the real command in its own process, and stops it at chosen moments."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RUN = ["run", "x_ecomla", "scale=smoke"]
+DEADLINE = 120.0
+
+
+def environment(cache: Path) -> dict[str, str]:
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "POSTTRAIN_CACHE": str(cache)}
+
+
+def posttrain(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """One command to its end. With `check`, a non-zero exit fails the test and shows the output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain", *arguments],
+        cwd=cwd,
+        env=environment(cwd / "cache"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE,
+        stdin=subprocess.DEVNULL,
+    )
+    if check:
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+    """The same command, left running; its output goes to `cwd/command.log`."""
+    log = (cwd / "command.log").open("ab")
+    return subprocess.Popen(
+        [sys.executable, "-m", "posttrain", *arguments],
+        cwd=cwd,
+        env=environment(cwd / "cache"),
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
+    """Poll without pause: the moments we look for last milliseconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+
+
+def events(outputs: Path) -> list[dict]:
+    found = []
+    for path in outputs.glob("runs/*/events.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return found
+
+
+def has_event(outputs: Path, event: str, stage: str, **values: object) -> bool:
+    return any(
+        item["event"] == event
+        and item["stage"] == stage
+        and all(item.get(key) == value for key, value in values.items())
+        for item in events(outputs)
+    )
+
+
+def worker_pid(outputs: Path, stage: str) -> int:
+    return [item["pid"] for item in events(outputs) if item["event"] == "stage_started" and item["stage"] == stage][-1]
+
+
+def artifact(outputs: Path, stage: str) -> Path:
+    run = next(outputs.glob("runs/*/run.json"))
+    entry = next(item for item in json.loads(run.read_text())["stages"] if item["name"] == stage)
+    return outputs / entry["artifact"]
+
+
+def deterministic_part(outputs: Path, stage: str) -> dict:
+    """What two runs of the same key must share bit for bit: every file's digest and the `result` metrics."""
+    manifest = json.loads((artifact(outputs, stage) / "manifest.json").read_text())
+    return {
+        "files": {name: output["files"] for name, output in manifest["outputs"].items()},
+        "result": manifest["metrics"]["result"],
+    }
+
+
+def copy_store_without(base: Path, target: Path, *types: str) -> None:
+    """A new outputs folder that has the artifacts of `base`, except those of the given stage types."""
+    shutil.copytree(base / "store", target / "store", symlinks=True, ignore=lambda _, names: set(types) & set(names))
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"

@@ -1,0 +1,112 @@
+"""Logits in chunks, cache accounting and greedy answers on live models."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from source_models import make_source
+from transformers import GenerationConfig
+
+from posttrain.methods.evaluation.measure import cache_bytes, live_cache_bytes, throughput
+from posttrain.methods.evaluation.samples import greedy_answers, render_prompt
+from posttrain.methods.evaluation.scoring import Logits
+from posttrain.models.tiny import tiny_tokenizer
+
+IDS = torch.arange(20) * 7 % 256
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_chunked_logits_are_the_models_logits(family: str) -> None:
+    model = make_source(family)
+    logits = Logits(model)
+    window = logits.window(IDS)
+    expected = model(IDS[None]).logits[0]
+    assert logits.chunked
+    torch.testing.assert_close(torch.cat([window(slice(0, 7)), window(slice(7, 20))]), expected)
+
+
+def test_capped_logits_are_found_and_used_as_they_are() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=1.0,
+        final_logit_softcapping=5.0,
+        attn_implementation="eager",
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    logits = Logits(model)
+    assert not logits.chunked
+    torch.testing.assert_close(logits.window(IDS)(slice(3, 9)), model(IDS[None]).logits[0, 3:9])
+
+
+def test_a_tensor_under_two_names_counts_once_and_state_is_constant() -> None:
+    class Model:
+        config = SimpleNamespace(vocab_size=300)
+
+        def get_input_embeddings(self):
+            return SimpleNamespace(weight=torch.zeros(1))
+
+        def __call__(self, input_ids, use_cache):
+            length = input_ids.shape[1]
+            keys = torch.zeros(1, 2, length, 8, dtype=torch.bfloat16)
+            attention = SimpleNamespace(keys=keys, values=keys, is_initialized=True)
+            recurrent = SimpleNamespace(states={0: torch.zeros(5, 3)}, window=[torch.zeros(4)])
+            return SimpleNamespace(past_key_values=SimpleNamespace(layers=[attention, recurrent]))
+
+    per_token, constant = cache_bytes(Model())
+    assert (per_token, constant) == (2 * 8 * 2, 15 * 4 + 4 * 4)
+
+
+def test_live_cache_bytes_counts_every_layer() -> None:
+    cache = make_source()(IDS[None], use_cache=True).past_key_values
+    assert live_cache_bytes(cache) == 2 * 2 * 2 * 16 * 20 * 4
+
+
+def test_throughput_takes_turns_and_stops_between_measurements() -> None:
+    calls = []
+    models = {"a": make_source(seed=1), "b": make_source(seed=2)}
+    settings = {"prefill_tokens": 6, "decode_tokens": 2, "batch_size": 2, "repeats": 2}
+    figures = throughput(models, **settings, boundary=lambda: calls.append(None))
+    assert list(figures) == ["a", "b"] and len(calls) == 2 * (1 + 2)
+    assert all(value > 0 for row in figures.values() for value in row.values())
+
+
+def test_answers_are_greedy_and_do_not_depend_on_the_models_own_settings() -> None:
+    model, tokenizer = make_source(), tiny_tokenizer()
+    prompts = ["Hello", "A much longer prompt than the first"]
+    plain = greedy_answers(model, tokenizer, prompts, 6)
+    own = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=5.0, eos_token_id=257, pad_token_id=258)
+    model.generation_config = own
+    assert greedy_answers(model, tokenizer, prompts, 6) == plain
+    assert model.generation_config is own
+
+
+def test_an_answer_is_the_argmax_continuation_of_the_chat_prompt() -> None:
+    model, tokenizer = make_source(seed=4), tiny_tokenizer()
+    text, special = render_prompt(tokenizer, "Hello")
+    assert text.endswith("<|im_start|>assistant\n") and "Hello" in text and not special
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for _ in range(5):
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == 257:
+            break
+        ids.append(token)
+    start = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    expected = tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    assert greedy_answers(model, tokenizer, ["Hello", "Another prompt, longer"], 5)[0] == expected
+
+
+def test_without_a_template_the_prompt_is_continued_as_text() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    assert render_prompt(tokenizer, "Once upon") == ("Once upon", True)

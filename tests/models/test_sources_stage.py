@@ -1,0 +1,204 @@
+"""The model source: precedence, keys, folders that are not models, and what lands in the store."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from posttrain.errors import RecipeError, StageError
+from posttrain.models.config import ModelSourceConfig
+from posttrain.models.sources import hub
+from posttrain.models.sources.files import model_files, place
+from posttrain.models.stage import ModelSource
+from posttrain.models.tiny import write_random_model
+from posttrain.paths import shipped
+from posttrain.pipeline.context import StageContext
+
+STAGE = ModelSource()
+TINY = yaml.safe_load((shipped("conf") / "model" / "tiny.yaml").read_text())
+PACKAGE = yaml.safe_load((shipped("conf") / "model" / "smollm2_135m.yaml").read_text())
+HUB = yaml.safe_load((shipped("conf") / "model" / "llama32_1b.yaml").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    write_random_model(tmp_path / "mine", TINY["architecture"], 3)
+    return tmp_path / "mine"
+
+
+def run(cfg: ModelSourceConfig, work: Path) -> Path:
+    work.mkdir(parents=True, exist_ok=True)
+    return STAGE.run(StageContext(name="model", config=cfg, work_dir=work))["model"]
+
+
+def test_path_wins_over_every_option(model) -> None:
+    alone = ModelSourceConfig(path=str(model))
+    for option in (TINY, PACKAGE, HUB):
+        cfg = ModelSourceConfig(**{**option, "path": str(model)})
+        assert (cfg.kind, cfg.name) == ("path", "mine")
+        assert cfg.key_fields() == alone.key_fields()
+        assert STAGE.describe(cfg, {}) == STAGE.describe(alone, {})
+        assert STAGE.describe(cfg, {})["model"].architecture["num_hidden_layers"] == 2
+
+
+def test_path_is_relative_to_the_current_directory(model, monkeypatch) -> None:
+    monkeypatch.chdir(model.parent)
+    assert ModelSourceConfig(path="./mine").folder == model
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert ModelSourceConfig(path="~/mine").folder == model
+
+
+def test_key_counts_content_and_not_the_path(model, tmp_path) -> None:
+    copy = tmp_path / "elsewhere"
+    place(model_files(model), copy, link=False)
+    first, second = ModelSourceConfig(path=str(model)), ModelSourceConfig(path=str(copy))
+    assert (first.key_fields(), STAGE.external(first)) == (second.key_fields(), STAGE.external(second))
+    (copy / "optimizer.pt").write_bytes(b"not part of the model")
+    assert STAGE.external(first) == STAGE.external(second)
+    (copy / "generation_config.json").write_text("{}")
+    assert STAGE.external(first) != STAGE.external(second)
+
+
+def test_label_is_not_in_the_key() -> None:
+    assert ModelSourceConfig(**TINY).key_fields() == ModelSourceConfig(**{**TINY, "label": "x"}).key_fields()
+    assert ModelSourceConfig(**TINY).key_fields() != ModelSourceConfig(**{**TINY, "seed": 1}).key_fields()
+
+
+@pytest.mark.parametrize(
+    "fields, found",
+    [({}, "none"), ({"random": True, "hub": "a/b", "architecture": {"x": 1}}, "hub and random")],
+)
+def test_exactly_one_source(fields, found) -> None:
+    with pytest.raises(ValidationError, match=f"found {found}"):
+        ModelSourceConfig(**fields)
+
+
+def test_random_needs_a_shape() -> None:
+    with pytest.raises(ValidationError, match="architecture"):
+        ModelSourceConfig(random=True)
+
+
+def test_folder_is_copied_not_linked(model, tmp_path) -> None:
+    (model / "optimizer.pt").write_bytes(b"x")
+    out = run(ModelSourceConfig(path=str(model)), tmp_path / "work")
+    assert {path.name for path in out.iterdir()} == {path.name for path in model.iterdir()} - {"optimizer.pt"}
+    assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").stat().st_nlink == 1
+
+
+def test_interrupted_attempt_leaves_nothing_behind(model, tmp_path) -> None:
+    left = tmp_path / "work" / "outputs" / "model"
+    left.mkdir(parents=True)
+    (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    out = run(ModelSourceConfig(path=str(model)), tmp_path / "work")
+    assert {path.name for path in out.iterdir()} == {path.name for path in model.iterdir()}
+
+
+def test_measured_meta_is_of_the_files(tmp_path) -> None:
+    cfg = ModelSourceConfig(**TINY)
+    predicted = STAGE.describe(cfg, {})["model"]
+    out = run(cfg, tmp_path)
+    measured = STAGE.measure("model", out, predicted)
+    assert measured.architecture == predicted.architecture
+    assert measured.tokenizer and measured.chat_template
+    assert measured.extra["label"] == "tiny random model" and measured.extra["eos_token_id"] == 257
+
+
+def bad_folder(kind: str, model: Path) -> Path:
+    if kind == "missing":
+        return model / "nowhere"
+    if kind == "file":
+        return model / "config.json"
+    if kind == "no config":
+        (model / "config.json").unlink()
+    if kind == "adapter":
+        (model / "config.json").rename(model / "adapter_config.json")
+    if kind == "truncated":
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if kind == "unsupported":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    if kind == "pickled":
+        (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("missing", "no such folder"),
+        ("file", "is a file"),
+        ("no config", "config.json"),
+        ("adapter", "LoRA adapter"),
+        ("truncated", "truncated"),
+        ("unsupported", "llama, mistral, qwen2, qwen3"),
+        ("pickled", "safetensors only"),
+    ],
+)
+def test_folder_that_is_no_model_stops_the_plan(model, kind, says) -> None:
+    cfg = ModelSourceConfig(path=str(bad_folder(kind, model)))
+    for ask in (STAGE.check, STAGE.describe):
+        with pytest.raises(RecipeError, match=says) as error:
+            ask(cfg, {})
+        assert error.value.problems[0].where
+
+
+def test_architecture_that_the_model_contradicts(tmp_path, monkeypatch) -> None:
+    snapshot = hub_snapshot(tmp_path, "me/small", monkeypatch)
+    cfg = ModelSourceConfig(hub="me/small", architecture={**TINY["architecture"], "num_hidden_layers": 3})
+    with pytest.raises(RecipeError, match="num_hidden_layers is 2, not 3"):
+        STAGE.check(cfg, {})
+    monkeypatch.setattr(hub, "fetch", lambda *_, **__: snapshot)
+    with pytest.raises(StageError, match="num_hidden_layers is 2, not 3"):
+        run(cfg, tmp_path / "work")
+
+
+def test_hub_model_without_a_shape_uses_the_local_hub_cache(tmp_path, monkeypatch) -> None:
+    cfg = ModelSourceConfig(hub="me/small")
+    with pytest.raises(RecipeError, match="shape of me/small is not known"):
+        STAGE.check(cfg, {})
+    hub_snapshot(tmp_path, "me/small", monkeypatch)
+    STAGE.check(cfg, {})
+    assert STAGE.describe(cfg, {})["model"].architecture["hidden_size"] == 64
+    assert STAGE.estimate(cfg, {}).notes == ()
+
+
+def test_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(StageError) as error:
+        run(ModelSourceConfig(**HUB), tmp_path / "work")
+    assert "meta-llama/Llama-3.2-1B-Instruct" in str(error.value)
+    assert "HF_HUB_OFFLINE is set" in str(error.value) and "model.path=" in str(error.value)
+
+
+def hub_snapshot(tmp_path: Path, name: str, monkeypatch) -> Path:
+    """A hub cache that holds a tiny model under that name."""
+    repository = tmp_path / "cache_of_hub" / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    write_random_model(snapshot, TINY["architecture"], 0)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache_of_hub"))
+    return snapshot
+
+
+def test_stage_modules_import_no_torch() -> None:
+    import subprocess
+
+    code = "import sys, posttrain.models.stage, posttrain.data.stage; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
