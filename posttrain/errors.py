@@ -28,7 +28,9 @@ class PosttrainError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str = "", where: str = "", fix: str = "", *, problems: list[Problem] | None = None) -> None:
+    def __init__(
+        self, what: str = "", where: str = "", fix: str = "", *, problems: list[Problem] | None = None
+    ) -> None:
         self.problems = list(problems) if problems else [Problem(what, where, fix)]
         super().__init__("\n".join(str(problem) for problem in self.problems))
 

@@ -1,1 +1,1 @@
-"""Fused operators, each with a torch `reference` of the same contract. Imports torch and triton, nothing of posttrain."""
+"""Fused operators, each with a torch `reference` of the same contract. Imports torch and triton, not posttrain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -11,6 +12,9 @@ import typer
 
 from posttrain import __version__
 from posttrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, PosttrainError
+
+# The first pydantic model looks through every installed distribution for plugins, a tenth of a light command's time.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 COMMANDS = {
     "run": "run",
@@ -35,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="One YAML recipe is the whole post-training pipeline.",
-    epilog="Exit codes: 0 done, 1 a stage failed, 2 bad input (nothing ran), 75 stopped and resumable, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a stage failed, 2 bad input (nothing ran), 75 stopped, resumable, 130 interrupted.",
 )
 
 
@@ -67,6 +71,9 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else ""
     # Importing one module instead of all keeps a single command as quick as it can be; help needs them all.
     every = COMMANDS | HIDDEN
+    if asked not in HIDDEN:
+        # Imports make many objects and no garbage; looking through them again and again takes a tenth of the time.
+        gc.set_threshold(100_000)
     if asked in every:
         register({asked: every[asked]}, hidden=asked in HIDDEN)
     else:
@@ -84,6 +91,9 @@ def main() -> None:
         # The reader of our output went away (`posttrain logs | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    finally:
+        # Python looks through all objects for cycles once more when it ends, a fifth of a light command's time.
+        gc.freeze()
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -117,6 +118,22 @@ def instead(origin: Origin, path: KeyPath, value: str) -> str:
     return f"write {'.'.join(map(str, path))}={value}"
 
 
+def in_section(problem: Problem, model: type[BaseModel], section: str) -> Problem:
+    """A problem in a stage's own words (`lr`, `lr=1e-4`) with its settings as a recipe names them.
+
+    Stages do not know what a recipe calls them; this is where `stages.NAME.` comes from.
+    """
+    name = problem.where.partition(".")[0]
+    where = f"{section}.{problem.where}" if name in model.model_fields else problem.where
+    return Problem(problem.what, where, _qualified(problem.fix, model, section))
+
+
+def _qualified(text: str, model: type[BaseModel], section: str) -> str:
+    """Text in which every `setting=` of the model can be typed behind `posttrain run RECIPE`."""
+    names = "|".join(map(re.escape, model.model_fields))
+    return re.sub(rf"(?<![\w.@/~-])(?=(?:{names})(?:\.\w+)*=)", f"{section}.", text)
+
+
 def problems_of(
     error: ValidationError, model: type[BaseModel], section: KeyPath, data: Any, origins: Origins, name: str = ""
 ) -> list[Problem]:
@@ -165,7 +182,8 @@ def _problem(
         return Problem(f"`{dotted}` is missing: {wanted}{doc}", origin.where, f"write {dotted}=VALUE")
     if kind in ("value_error", "assertion_error"):
         rule, _, example = items[0]["msg"].partition(", ")[2].partition(", e.g. ")
-        return Problem(f"{dotted}: {rule}", _whole(origins, full).where, f"write {example}" if example else "")
+        fix = f"write {_qualified(example, model, '.'.join(map(str, section)))}" if example else ""
+        return Problem(f"{dotted}: {rule}", _whole(origins, full).where, fix)
     value = items[0]["input"]
     what = f"`{dotted}` should be {wanted}, not {show_value(value)!r}{doc}"
     if isinstance(value, dict | list):

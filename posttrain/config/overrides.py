@@ -85,6 +85,10 @@ def _shell(argument: str) -> str:
     return argument if re.fullmatch(r"~[\w.@-]+", argument) else shlex.quote(argument)
 
 
+# Hydra's own error, and what its parser stumbles over in text such as `=`.
+UNREADABLE = (HydraException, IndexError, AttributeError)
+
+
 @cache
 def _parser() -> OverridesParser:
     return OverridesParser.create()
@@ -99,10 +103,13 @@ def parse(texts: Iterable[tuple[str, str]]) -> tuple[list[Argument], list[Proble
             continue
         try:
             parsed = _parser().parse_override(text)
-        except HydraException as error:
+        except UNREADABLE as error:
             problems.append(_unparsed(text, where, error))
             continue
-        if parsed.is_sweep_override():
+        if not parsed.key_or_group:
+            # What the parser makes of `=` depends on what it has read before.
+            problems.append(_unparsed(text, where, ValueError("it has no key")))
+        elif parsed.is_sweep_override():
             problems.append(_sweep(text, where, parsed))
         elif parsed.is_hydra_override() or parsed.key_or_group == "hydra":
             what = f"`{text}` sets Hydra itself, which only composes the recipe here"
@@ -120,7 +127,7 @@ def refused_target(where: str) -> Problem:
     return Problem("`_target_` is refused: a recipe is data and cannot name code to run", where, fix)
 
 
-def _unparsed(text: str, where: str, error: HydraException) -> Problem:
+def _unparsed(text: str, where: str, error: Exception) -> Problem:
     key, equals, value = text.partition("=")
     if not equals and not text.startswith("~"):
         what = f"`{text}` is not an override: it has no `=`"
@@ -136,7 +143,7 @@ def _unparsed(text: str, where: str, error: HydraException) -> Problem:
 def _reads(text: str) -> bool:
     try:
         return not _parser().parse_override(text).is_sweep_override()
-    except HydraException:
+    except UNREADABLE:
         return False
 
 

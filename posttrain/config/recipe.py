@@ -16,6 +16,9 @@ from posttrain.config.validate import Checker
 from posttrain.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
+    from hydra._internal.defaults_list import DefaultsList
+    from hydra.core.override_parser.types import Override
+
     from posttrain.config.compose import Composition, Repository
     from posttrain.config.overrides import Argument, Sorted
     from posttrain.pipeline.stage import StageConfig
@@ -111,6 +114,7 @@ class _Loading:
         self.source = source
         self.overrides = overrides
         self.problems: list[Problem] = []
+        self.defaults: dict[tuple[str, ...], DefaultsList] = {}
 
     def load(self) -> ResolvedRecipe:
         from posttrain.config import interpolation, overrides
@@ -149,13 +153,22 @@ class _Loading:
         """The composition with those overrides, and the overrides by what they did, with the problems of some."""
         from posttrain.config import compose, overrides
 
-        defaults = compose.defaults_list(self.repository, [])
+        defaults = self._defaults_list([])
         result = overrides.sort(arguments, self.repository, defaults.overrides.known_choices)
         if result.choices:
-            defaults = compose.defaults_list(self.repository, [item.parsed for item in result.choices.values()])
+            defaults = self._defaults_list([item.parsed for item in result.choices.values()])
         composition = compose.merge(self.repository, defaults)
         result.problems += overrides.apply_values(composition.data, result.values)
         return composition, result
+
+    def _defaults_list(self, choices: list[Override]) -> DefaultsList:
+        """Hydra's defaults list with those group choices; a scale and the overrides beside it ask for the same ones."""
+        from posttrain.config import compose
+
+        key = tuple(str(choice.input_line) for choice in choices)
+        if key not in self.defaults:
+            self.defaults[key] = compose.defaults_list(self.repository, choices)
+        return self.defaults[key]
 
     def _scale_entries(self, composition: Composition, chosen: Argument) -> list[Argument] | None:
         """The overrides of the chosen scale; None, and a problem noted, if there is no such scale."""
@@ -183,9 +196,7 @@ class _Loading:
         """Sections whose option does not exist, where another problem would only be an echo of the first."""
         if not self.repository.missing:
             return set()
-        from posttrain.config import compose
-
-        defaults = compose.defaults_list(self.repository, [])
+        defaults = self._defaults_list([])
         return {
             tuple(str(default.package).split("."))
             for default in defaults.defaults

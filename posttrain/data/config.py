@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
 
-Builder = Literal["tiny", "stdlib_text", "teacher_samples", "hub"]
+Builder = Literal["tiny", "python_text", "teacher_samples", "hub"]
+
+Package = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 
 
 class HubData(BaseModel):
     """A data set of the Hugging Face hub, streamed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     name: str = Field(description="Name on the hub, `owner/name`.")
     config: str | None = Field(None, description="Configuration (subset) of the data set.")
@@ -25,10 +27,23 @@ class HubData(BaseModel):
     licence: str = Field("see the data set's page on the hub", description="Written into dataset.json.")
 
 
+class PythonText(BaseModel):
+    """Documentation out of the installation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    packages: list[Package] = Field(
+        default_factory=list,
+        description="Packages, or parts of them as `torch.nn`, whose documentation is taken besides the standard "
+        "library's. What is not installed is left out.",
+    )
+    max_bytes: int | None = Field(None, ge=1, description="Most text to keep, bytes, held-out text included.")
+
+
 class Samples(BaseModel):
     """How the input model is sampled. Changing any of these gives other text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     prompts: list[str] | None = Field(None, min_length=2, description="User turns; None: the built-in prompts.")
     num_samples: int = Field(512, ge=2, description="Answers in all, train and held-out together.")
@@ -42,8 +57,8 @@ class Samples(BaseModel):
 class DataSourceConfig(StageConfig):
     """Where text comes from: files of yours (`path`), or a builder; and which documents are held out.
 
-    A `path` wins over whatever the chosen option says: its `builder`, `hub`, `samples`, `heldout` and `label` are then
-    ignored, so that `data.path=./my.jsonl` works on top of any option.
+    A `path` wins over whatever the chosen option says: its `builder`, `hub`, `python`, `samples`, `heldout` and
+    `label` are then ignored, so that `data.path=./my.jsonl` works on top of any option.
     """
 
     type: Literal["data_source"] = "data_source"
@@ -62,6 +77,7 @@ class DataSourceConfig(StageConfig):
     )
     builder: Builder | None = Field(None, description="What makes the text when there is no `path`.")
     hub: HubData | None = Field(None, description="For builder `hub`.")
+    python: PythonText = Field(default_factory=PythonText, description="For builder `python_text`.")
     samples: Samples = Field(default_factory=Samples, description="For builder `teacher_samples`.")
     heldout: Literal["split", "committed"] = Field(
         "split",
@@ -123,9 +139,9 @@ class DataSourceConfig(StageConfig):
         fields = super().key_fields()
         fields["source"] = self.kind
         fields["heldout"] = self.heldout_kind
-        for name in ("hub", "samples", "builder"):
+        for name in ("hub", "samples", "python", "builder"):
             value = fields.pop(name)
-            if name == {"hub": "hub", "teacher_samples": "samples"}.get(self.kind):
+            if name == {"hub": "hub", "teacher_samples": "samples", "python_text": "python"}.get(self.kind):
                 fields[name] = value
         if self.heldout_kind != "split":
             fields.pop("heldout_fraction")

@@ -45,7 +45,8 @@ def split_documents(
 ) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents, by a hash of each group: independent of order and of the other documents.
 
-    With two groups or more neither split is empty: the group nearest to the border then changes sides.
+    With four groups or more each split has at least two, with fewer at least one: those nearest to the border change
+    sides.
 
     Raises:
         RecipeError: fewer than two groups.
@@ -54,10 +55,10 @@ def split_documents(
     if len(places) < 2:
         raise too_few(len(places), where)
     held = {group for group, place in places.items() if place < fraction}
-    if not held:
-        held = {min(places, key=places.__getitem__)}
-    elif len(held) == len(places):
-        held.remove(max(places, key=places.__getitem__))
+    ordered = sorted(places, key=lambda group: (places[group], group))
+    # Two are the least that intervals over documents can be drawn from; of two or three documents one must do.
+    least = 2 if len(places) >= 4 else 1
+    held = set(ordered[: min(max(len(held), least), len(places) - least)])
     train = [document for document in documents if _group(document) not in held]
     return train, [document for document in documents if _group(document) in held]
 

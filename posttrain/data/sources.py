@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.builders import committed, files, hub, stdlib_text, teacher_samples, tiny
+from posttrain.data.builders import committed, files, hub, python_text, teacher_samples, tiny
 from posttrain.data.config import DataSourceConfig
 from posttrain.data.documents import BYTES_PER_TOKEN, Document, limited, split_documents, too_few
 from posttrain.errors import RecipeError
@@ -18,7 +19,6 @@ from posttrain.pipeline.context import StageContext
 CHECKED_AT_PLAN = 64 << 20
 """Files up to this size, bytes, are read through by a plan; larger ones are checked when the stage runs."""
 
-STDLIB_BYTES = 2_300_000
 ANSWER_SHARE = 0.6
 """Length of a sampled answer over the longest allowed, for estimates."""
 
@@ -28,7 +28,7 @@ PROMPT_TOKENS = 64
 LICENCES = {
     "files": "as you hold it",
     "tiny": "Apache-2.0",
-    "stdlib_text": "PSF-2.0",
+    "python_text": python_text.LICENCE,
     "teacher_samples": teacher_samples.LICENCE,
 }
 
@@ -66,7 +66,7 @@ def build(cfg: DataSourceConfig, ctx: StageContext) -> Split:
     makers: dict[str, Callable[[], list[Document]]] = {
         "files": lambda: read_source(cfg),
         "tiny": tiny.build,
-        "stdlib_text": stdlib_text.build,
+        "python_text": lambda: limited(python_text.build(cfg.python.packages), None, cfg.python.max_bytes),
         "hub": lambda: hub.build(cfg, ctx),
         "teacher_samples": lambda: teacher_samples.build(cfg.samples, ctx),
     }
@@ -122,6 +122,13 @@ def sizes(cfg: DataSourceConfig) -> tuple[Size, Size]:
     return Size(None, _capped(cfg, total - held)), Size(None, held)
 
 
+def absent_packages(cfg: DataSourceConfig) -> list[str]:
+    """The named packages that are not installed, and whose text is therefore left out."""
+    return [
+        name for name, version in python_text.versions(cfg.python.packages).items() if version == python_text.ABSENT
+    ]
+
+
 def external(cfg: DataSourceConfig) -> dict[str, Any]:
     """Digest of every file and version that decides the text."""
     from posttrain.pipeline.fingerprint import digest_path
@@ -129,8 +136,9 @@ def external(cfg: DataSourceConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if cfg.kind == "files":
         found["files"] = _digests(cfg.source_path, f"data.path={cfg.path}", digest_path)
-    if cfg.kind == "stdlib_text":
+    if cfg.kind == "python_text":
         found["python"] = platform.python_version()
+        found["packages"] = python_text.versions(cfg.python.packages)
     if cfg.heldout_kind == "path":
         where = f"data.heldout_path={cfg.heldout_path}"
         found["heldout_files"] = _digests(cfg.heldout_source_path, where, digest_path)
@@ -176,8 +184,8 @@ def _read_cached(cfg_json: str, state: tuple[tuple[str, int, int], ...]) -> list
 def _expected_bytes(cfg: DataSourceConfig) -> int:
     if cfg.kind == "files":
         return sum(file.stat().st_size for file in files.text_files(cfg.source_path, f"data.path={cfg.path}"))
-    if cfg.kind == "stdlib_text":
-        return STDLIB_BYTES
+    if cfg.kind == "python_text":
+        return min(python_text.expected_bytes(cfg.python.packages), cfg.python.max_bytes or sys.maxsize)
     if cfg.kind == "teacher_samples":
         return int(cfg.samples.num_samples * cfg.samples.max_new_tokens * ANSWER_SHARE * BYTES_PER_TOKEN)
     assert cfg.hub is not None

@@ -98,6 +98,8 @@ def _card(cfg: DataSourceConfig, split: str) -> dict[str, Any]:
 def _notes(cfg: DataSourceConfig) -> tuple[str, ...]:
     if cfg.kind == "hub" and cfg.hub:
         return (f"the first {cfg.hub.max_rows:,} rows of {cfg.hub.name} will be streamed from the hub",)
+    if cfg.kind == "python_text" and (absent := sources.absent_packages(cfg)):
+        return (f"without the text of {', '.join(absent)}: not installed here",)
     if cfg.kind == "files" and cfg.heldout_kind == "split" and sources.is_one_text(cfg):
         return ("one text file: its end is held out; give data.heldout_path for held-out documents of another source",)
     return ()

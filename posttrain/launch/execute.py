@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import registry
-from posttrain.errors import StageError
+from posttrain.errors import PosttrainError, StageError
 from posttrain.launch.job import Job
 from posttrain.pipeline.context import InputArtifact, StageContext
 from posttrain.pipeline.events import EventLog
+from posttrain.pipeline.files import list_files, remove_tree
+from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.stage import ArtifactMeta, Stage
 from posttrain.pipeline.store import Artifact, publish, seal, sealed
 
@@ -55,13 +57,31 @@ def execute_job(job: Job, work_dir: Path) -> Artifact:
     device = prepare_process(job.seed, job.device)
     context = make_context(job, config, work_dir, device)
     started = time.time()
-    stage.check(config, {name: one.meta for name, one in context.inputs.items()})
-    outputs = stage.run(context)
+    clear_leftovers(work_dir)
+    try:
+        stage.check(config, {name: one.meta for name, one in context.inputs.items()})
+        outputs = stage.run(context)
+    except PosttrainError as error:
+        raise type(error)(problems=in_section(error.problems, stage, job.stage)) from error
     check_result(job.stage, context.result)
     _check_outputs(stage, outputs, work_dir)
     metas = {name: _measure(stage, job, name, outputs[name]) for name in stage.outputs}
     seal(work_dir, make_manifest(job, stage, context, metas, started))
     return publish(work_dir, Path(job.target))
+
+
+def clear_leftovers(work_dir: Path) -> None:
+    """Remove what a killed attempt was just writing: hidden folders beside the outputs, and files not yet in place.
+
+    Finished files stay: what they are worth is for the stage to say.
+    """
+    outputs = work_dir / "outputs"
+    for entry in list(outputs.iterdir()) if outputs.exists() else []:
+        if entry.name.startswith(".") and entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+    for path in list_files(outputs).values():
+        if path.name.startswith(".") and path.name.endswith(".aside"):
+            path.unlink()
 
 
 def make_context(job: Job, config: Any, work_dir: Path, device: str) -> StageContext:
@@ -75,7 +95,7 @@ def make_context(job: Job, config: Any, work_dir: Path, device: str) -> StageCon
         name: InputArtifact(Path(one["path"]), ArtifactMeta.from_json(one["meta"]), one["reference"])
         for name, one in job.inputs.items()
     }
-    return StageContext(job.stage, config, work_dir, inputs, job.seed, device, emit=emit)
+    return StageContext(job.stage, config, work_dir, inputs, job.seed, device, tracker=job.tracker, emit=emit)
 
 
 def prepare_process(seed: int, device: str) -> str:

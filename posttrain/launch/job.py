@@ -25,6 +25,7 @@ class Job:
         target: absolute folder of the artifact to be.
         events, log: absolute paths in the run's folder; log is None when the launcher keeps it.
         attended: a runner waits for the worker and holds its pipe.
+        tracker: the recipe's tracker section and `dir`, see `StageContext.tracker`; None without one.
         environment: recorded in the manifest (engine section of the recipe).
     """
 
@@ -44,6 +45,7 @@ class Job:
     attempt: int = 1
     log: str | None = None
     attended: bool = True
+    tracker: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
 
     def write(self, work_dir: Path) -> None:

@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16"]
 class PackageFile(BaseModel):
     """A model that travels as one GGUF file inside a Python wheel, for machines that have no model hub."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     distribution: str = Field(description="Name on the package index.")
     version: str = Field(description="Exact version.")

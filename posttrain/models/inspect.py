@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.errors import RecipeError
 from posttrain.models.architecture import normalise
+from posttrain.pipeline.fingerprint import digest_by
 from posttrain.pipeline.stage import ArtifactMeta
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,6 +22,8 @@ _OTHER_TOKENIZER_FILES = (
     "vocab.txt",
     "added_tokens.json",
 )
+_TOKENIZER_DIGEST = "tokenizer-1"
+"""Changed when `_digest_tokenizer` would give another digest of the same file."""
 _STATE_OF_LAST_CALL = ("padding", "truncation")
 _LIBRARY_DEFAULTS = {
     "use_regex": True,
@@ -70,7 +73,8 @@ def tokenizer_digest(folder: str | Path) -> str | None:
     """
     path = Path(folder)
     if (path / "tokenizer.json").is_file():
-        return _sha(_canonical(_tokenizer_content(_read_json(path / "tokenizer.json"))))
+        # Megabytes of JSON, which every plan asks for.
+        return digest_by(path / "tokenizer.json", _digest_tokenizer, _TOKENIZER_DIGEST)
     files = [path / name for name in _OTHER_TOKENIZER_FILES if (path / name).is_file()]
     if not files:
         return None
@@ -184,6 +188,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _optional_json(file: Path) -> dict[str, Any]:
     return _read_json(file) if file.is_file() else {}
+
+
+def _digest_tokenizer(file: Path) -> str:
+    return _sha(_canonical(_tokenizer_content(_read_json(file))))
 
 
 def _tokenizer_content(tokenizer: dict[str, Any]) -> dict[str, Any]:

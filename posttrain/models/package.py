@@ -20,27 +20,13 @@ from pathlib import Path
 
 from posttrain.errors import StageError
 from posttrain.models.config import Dtype, PackageFile
+from posttrain.models.sources.converted import CONVERSION, SOURCE, cache_folder, is_converted
 from posttrain.models.sources.files import model_files
 from posttrain.paths import user_cache
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.fingerprint import hash_file
 
-CONVERSION = "1"
-"""Changed when the same GGUF file would be converted into other bytes; part of the key."""
-
 ASSETS_VARIABLE = "POSTTRAIN_ASSETS"
-SOURCE = "source.json"
-"""Record of a cached folder; not part of the model."""
-
-
-def cache_folder(package: PackageFile, dtype: Dtype) -> Path:
-    """Where the converted model lies once it exists."""
-    return user_cache() / "models" / f"{package.distribution}-{package.sha256[:16]}-{dtype}-v{CONVERSION}"
-
-
-def is_converted(package: PackageFile, dtype: Dtype) -> bool:
-    """True when the converted model is in the user's cache."""
-    return (cache_folder(package, dtype) / SOURCE).is_file()
 
 
 def obtain(package: PackageFile, dtype: Dtype, ctx: StageContext) -> Path:

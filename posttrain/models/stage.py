@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import RecipeError, StageError
-from posttrain.models import package
 from posttrain.models.architecture import normalise, parameter_count
 from posttrain.models.config import ModelSourceConfig
 from posttrain.models.inspect import check_model_folder, model_meta, read_architecture
-from posttrain.models.sources import hub
-from posttrain.models.sources.files import clear, model_files, place
+from posttrain.models.sources import converted, hub
+from posttrain.models.sources.files import model_files, place
 from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.files import clear
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, Stage
 
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2}
@@ -37,7 +37,7 @@ class ModelSource(Stage):
             _require_folder(cfg)
             return {"files": {path.name: digest_path(path) for path in model_files(cfg.folder)}}
         if cfg.kind == "package":
-            return {"conversion": package.CONVERSION}
+            return {"conversion": converted.CONVERSION}
         return {}
 
     def describe(self, cfg: ModelSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
@@ -83,7 +83,7 @@ class ModelSource(Stage):
             _write_random(cfg, target)
         else:
             source, link = self._source(cfg, ctx)
-            files = [file for file in model_files(source) if file.name != package.SOURCE]
+            files = [file for file in model_files(source) if file.name != converted.SOURCE]
             place(files, target, link=link, report=lambda done, total: ctx.progress(done, total, "byte"))
         try:
             check_model_folder(target)
@@ -98,6 +98,8 @@ class ModelSource(Stage):
         if cfg.kind == "path":
             return cfg.folder, False
         if cfg.kind == "package":
+            from posttrain.models import package
+
             assert cfg.package is not None
             return package.obtain(cfg.package, cfg.stored_dtype or "bfloat16", ctx), True
         ctx.progress(0, 1, unit="model", doing=f"downloading {cfg.hub}")
@@ -131,15 +133,15 @@ def _known_folder(cfg: ModelSourceConfig) -> Path | None:
         return cfg.folder
     if cfg.kind == "hub":
         return hub.cached(cfg.hub or "", cfg.revision)
-    if cfg.package and package.is_converted(cfg.package, cfg.stored_dtype or "bfloat16"):
-        return package.cache_folder(cfg.package, cfg.stored_dtype or "bfloat16")
+    if cfg.package and converted.is_converted(cfg.package, cfg.stored_dtype or "bfloat16"):
+        return converted.cache_folder(cfg.package, cfg.stored_dtype or "bfloat16")
     return None
 
 
 def _notes(cfg: ModelSourceConfig) -> tuple[str, ...]:
     if cfg.kind == "hub" and not hub.cached(cfg.hub or "", cfg.revision):
         return (f"{cfg.hub} will be downloaded from the hub (a gated model needs `hf auth login` first)",)
-    if cfg.package and not package.is_converted(cfg.package, cfg.stored_dtype or "bfloat16"):
+    if cfg.package and not converted.is_converted(cfg.package, cfg.stored_dtype or "bfloat16"):
         return (f"{cfg.package.distribution} {cfg.package.version} will be fetched with pip and converted once",)
     return ()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, PosttrainError
 from posttrain.pipeline.events import Event, EventLog, EventReader
 from posttrain.pipeline.files import write_text
+from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.lock import Lock, LockHeld, held
 from posttrain.pipeline.plan import Plan, StagePlan
 from posttrain.pipeline.progress import RunState, state_of
@@ -186,7 +187,8 @@ class Execution:
         try:
             job = self._job(planned)
         except PosttrainError as error:
-            return self._failed(planned, str(error))
+            problems = in_section(error.problems, planned.stage, planned.name)
+            return self._failed(planned, "\n".join(map(str, problems)))
         worker = LocalWorker.start(job, work_dir)
         self.log.append("stage_started", planned.name, attempt=job.attempt, pid=worker.pid, log=job.log)
         try:
@@ -233,8 +235,13 @@ class Execution:
             ranks=engine.ranks,
             attempt=attempt,
             log=str(self.run_dir.log_path(planned.name, attempt)),
+            tracker=self._tracker(),
             environment=engine.model_dump(mode="json"),
         )
+
+    def _tracker(self) -> dict[str, Any] | None:
+        tracker = self.plan.resolved.frame.tracker
+        return None if tracker.name == "none" else {**tracker.model_dump(mode="json"), "dir": str(self.run_dir.path)}
 
     def _attend(self, worker: LocalWorker) -> int:
         """Follow a worker's events until it ends, passing on the wish to stop; returns its exit code."""

@@ -55,6 +55,15 @@ def remove_tree(folder: Path) -> None:
     rmtree(folder)
 
 
+def clear(folder: Path) -> None:
+    """Remove everything in a folder, such as what an interrupted attempt left in an output."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+        else:
+            path.unlink()
+
+
 def list_files(folder: Path) -> dict[str, Path]:
     """Every file below a folder by its relative POSIX path, sorted. Links to folders are not followed."""
     found = {}

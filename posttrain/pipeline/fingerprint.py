@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,7 @@ def digest(data: Any) -> str:
     return hashlib.sha256(canonical_json(data)).hexdigest()
 
 
-def key_document(
-    stage: Stage, cfg: StageConfig, seed: int, inputs: Mapping[str, tuple[str, str]]
-) -> dict[str, Any]:
+def key_document(stage: Stage, cfg: StageConfig, seed: int, inputs: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Everything that decides what the stage computes. `inputs` maps input name to (key, output) of its producer."""
     document = {
         "type": stage.type,
@@ -126,18 +124,37 @@ def digest_path(path: Path | str) -> str:
     root = Path(path).expanduser().resolve()
     if not root.exists():
         raise RecipeError(f"{path} does not exist", fix="give the path of an existing file or folder")
-    cache_file = user_cache() / "digests" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json"
+    fresh = _cached_digests(root, _content(root), hash_file)
+    if root.is_file():
+        return fresh[""]["sha256"]
+    return digest([[name, entry["size"], entry["sha256"]] for name, entry in fresh.items()])
+
+
+def digest_by(file: Path, compute: Callable[[Path], str], name: str) -> str:
+    """`compute(file)`, cached as in `digest_path`; `name` sets it apart and changes when `compute` does.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    root = file.resolve()
+    return _cached_digests(root, {"": root}, compute, name)[""]["sha256"]
+
+
+def _cached_digests(
+    root: Path, files: Mapping[str, Path], compute: Callable[[Path], str], purpose: str = ""
+) -> dict[str, dict[str, Any]]:
+    """Size, times and digest of every file below `root`, computed only for files that changed since the last time."""
+    identity = os.fsencode(root) + (f"\0{purpose}".encode() if purpose else b"")
+    cache_file = user_cache() / "digests" / f"{hashlib.sha256(identity).hexdigest()[:32]}.json"
     known = _read_cache(cache_file)
     try:
-        fresh = {name: _digest_file(file, known.get(name)) for name, file in _content(root).items()}
+        fresh = {name: _digest_file(file, known.get(name), compute) for name, file in files.items()}
     except OSError as error:
         raise RecipeError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     settled = {name: entry for name, entry in fresh.items() if time.time() - entry["mtime_ns"] / 1e9 > _RACY_SECONDS}
     if settled != known:
         _write_cache(cache_file, root, settled)
-    if root.is_file():
-        return fresh[""]["sha256"]
-    return digest([[name, entry["size"], entry["sha256"]] for name, entry in fresh.items()])
+    return fresh
 
 
 def _content(root: Path) -> dict[str, Path]:
@@ -155,13 +172,13 @@ def _content(root: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _digest_file(file: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
+def _digest_file(file: Path, known: Mapping[str, Any] | None, compute: Callable[[Path], str]) -> dict[str, Any]:
     stat = file.stat()
     # The change time catches a file put in place with the size and modification time of another.
     identity = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
     if known is not None and all(known.get(name) == value for name, value in identity.items()):
         return dict(known)
-    return {**identity, "sha256": hash_file(file)}
+    return {**identity, "sha256": compute(file)}
 
 
 def hash_file(file: Path) -> str:

@@ -31,6 +31,18 @@ def is_source(name: str) -> bool:
     return name in ("model", "data") or name.startswith(("models.", "datasets."))
 
 
+def section_of(name: str) -> str:
+    """Where a recipe has the settings of a stage."""
+    return name if is_source(name) else f"stages.{name}"
+
+
+def in_section(problems: Iterable[Problem], stage: Stage, name: str) -> list[Problem]:
+    """Problems that a stage reports, with its settings named as in the recipe: the stage does not know its name."""
+    from posttrain.config import explain
+
+    return [explain.in_section(problem, stage.Config, section_of(name)) for problem in problems]
+
+
 def resolve(reference: str, stages: Stages) -> tuple[str, str] | None:
     """Stage and output that a reference means, None when it means nothing.
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from posttrain.errors import Problem, RecipeError
+from posttrain.pipeline.device import gpu_memory, host_memory
 from posttrain.pipeline.plan import Plan, StagePlan
 from posttrain.pipeline.plan_text import big_number, size
 
@@ -38,8 +39,10 @@ def guard(plan: Plan) -> list[str]:
 def _remedy(plan: Plan) -> str:
     smaller = [f"scale={name}" for name in plan.resolved.frame.scales]
     smaller.sort(key=lambda text: text != "scale=demo")
-    return f"choose a smaller size ({' or '.join(smaller)}), or --yes to do it all the same" if smaller else (
-        "lower the stage's settings, or --yes to do it all the same"
+    return (
+        f"choose a smaller size ({' or '.join(smaller)}), or --yes to do it all the same"
+        if smaller
+        else ("lower the stage's settings, or --yes to do it all the same")
     )
 
 
@@ -84,40 +87,12 @@ def _unknowns(planned: StagePlan) -> list[str]:
 def _capacity(device: str) -> tuple[str, int | None, list[str]]:
     """Name of the device, its memory in bytes (None: unknown), and what could not be found out."""
     if device != "cpu":
-        memory = _gpu_memory()
+        memory = gpu_memory()
         if memory is not None:
             return "the GPU", memory, []
         if device == "cuda":
             return "the GPU", None, ["the GPU's memory (no nvidia-smi), so the plan was not compared with it"]
     return "this machine", host_memory(), []
-
-
-def host_memory() -> int:
-    """Physical memory in bytes, or the control group's limit where that is lower."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return physical
-    return min(physical, int(limit)) if limit.isdigit() else physical
-
-
-def _gpu_memory() -> int | None:
-    """Memory of the smallest GPU in bytes, None without nvidia-smi or GPU."""
-    import shutil
-    import subprocess
-
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-
-    command = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    sizes = [int(line) for line in answer.split() if line.isdigit()]
-    return min(sizes) * 2**20 if sizes else None
 
 
 def free_disk(folder: Path) -> int:

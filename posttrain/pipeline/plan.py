@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import registry
 from posttrain.errors import Problem, RecipeError
+from posttrain.pipeline.device import computes_on_host
 from posttrain.pipeline.fingerprint import digest, explain, key_document, key_of
-from posttrain.pipeline.graph import Graph, is_source
+from posttrain.pipeline.graph import Graph, in_section, section_of
 from posttrain.pipeline.lock import held
 from posttrain.pipeline.run_dir import RunDir, list_runs
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, Stage, StageConfig
@@ -19,6 +20,10 @@ from posttrain.pipeline.store import Artifact, Store
 
 if TYPE_CHECKING:
     from posttrain.config.recipe import ResolvedRecipe
+
+RUNTIME_BYTES = 450_000_000
+"""Resident memory of a worker before it holds a weight: the interpreter, torch, transformers and their libraries, as
+measured on Linux. It counts where stages compute on the host; a GPU's own account does not include it."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +177,9 @@ class _Planner:
         forced: set[str],
         previous: dict[str, dict[str, Any]],
     ) -> None:
-        self.seed, self.origins = resolved.frame.seed, resolved.origins
+        self.seed, self.resolved = resolved.frame.seed, resolved
         self.graph, self.store, self.selected, self.forced, self.previous = graph, store, selected, forced, previous
+        self.device = resolved.frame.engine.device
         self.done: dict[str, StagePlan] = {}
         self.problems: list[Problem] = []
 
@@ -249,15 +255,21 @@ class _Planner:
             else:
                 planned.outputs = planned.stage.describe(planned.cfg, known)
                 planned.stage.check(planned.cfg, known)
-            planned.estimate = planned.stage.estimate(planned.cfg, known)
+            planned.estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
         except RecipeError as error:
             self._note(planned.name, error)
 
+    def _with_runtime(self, estimate: Estimate) -> Estimate:
+        """Add the `runtime` term where memory is estimated and is that of the host."""
+        if not estimate.memory or not computes_on_host(self.device):
+            return estimate
+        return replace(estimate, memory={**estimate.memory, "runtime": RUNTIME_BYTES})
+
     def _note(self, name: str, error: RecipeError) -> None:
-        section = name if is_source(name) else f"stages.{name}"
-        for one in error.problems:
-            where = one.where or section
-            self.problems.append(Problem(one.what, self.origins.get(where, where), one.fix))
+        stage, section = self.graph.stages[name][0], section_of(name)
+        for problem in in_section(error.problems, stage, name):
+            where = problem.where or section
+            self.problems.append(Problem(problem.what, self.resolved.origins.get(where, where), problem.fix))
 
 
 def _previous_stages(recipe: str, outputs: Path) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from posttrain.pipeline.plan import Plan, StagePlan
 
+CACHE = "cache/token (bf16)"
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
@@ -59,7 +60,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 def render(plan: Plan, unknown: Sequence[str] = ()) -> str:
     """The plan for a terminal: a table, memory by terms, notes, and what could not be checked."""
-    header = ("stage", "type", "status", "parameters", "trainable", "tokens", "memory", "cache/token", "disk", "why")
+    header = ("stage", "type", "status", "parameters", "trainable", "tokens", "memory", CACHE, "disk", "why")
     lines = [f"{plan.resolved.recipe}: run {plan.run_name} in {plan.outputs}", ""]
     lines += table(header, [_row(planned) for planned in plan.stages], right=(3, 4, 5, 6, 7, 8))
     memory = [planned for planned in plan.stages if planned.estimate.memory]

@@ -1,7 +1,7 @@
 """What a stage is: the contract between the runner and every method.
 
-A stage turns artifacts into artifacts. Everything but `run` works from the config and from `ArtifactMeta` alone, so that
-a plan needs neither weights nor torch.
+A stage turns artifacts into artifacts. Everything but `run` works from the config and from `ArtifactMeta` alone, so
+that a plan needs neither weights nor torch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ NOT_IN_KEY = {"key": False}
 
 
 class StageConfig(BaseModel):
-    """Base of every stage's settings. A stage's own fields stand beside `type` and `inputs`; defaults live here only."""
+    """Base of every stage's settings, which stand beside `type` and `inputs`; defaults live only here, not in YAML."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # Deferred: this base is never validated itself, and a command rarely needs the settings of every stage type.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
     type: str = Field(description="Stage type, as in `posttrain list stages`.")
     inputs: dict[str, str] = Field(
         default_factory=dict,
-        description="Input name to reference: `model`, `data.SPLIT`, `models.NAME`, `datasets.NAME.SPLIT` or `STAGE.OUTPUT`.",
+        description="Input name to reference: `model`, `data.SPLIT`, `models.NAME`, `datasets.NAME.SPLIT` or "
+        "`STAGE.OUTPUT`.",
     )
 
     def key_fields(self) -> dict[str, Any]:
@@ -88,7 +90,8 @@ class Estimate:
         parameters, trainable: of the model the stage produces or runs.
         tokens: tokens the stage will process in all; `data_tokens`: distinct tokens in its training data.
         memory: peak memory by term, bytes, e.g. {"weights": …, "optimizer": …}; the sum is the peak.
-        cache_bytes_per_token: KV-cache growth per token of the model the stage produces or evaluates.
+        cache_bytes_per_token: KV-cache growth per token of the model the stage produces or evaluates, at 2 bytes an
+            element (bf16) whatever precision the stage works in, so that a plan's stages can be compared.
         disk_bytes: what the stage leaves in the store.
         notes: short sentences shown in the plan (e.g. the real ratio after rounding a rank).
     """

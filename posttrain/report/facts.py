@@ -88,6 +88,7 @@ def rows(run: RunRecord) -> list[Row]:
     return table
 
 
+_ELEMENT_SIZE = {"fp32": 4, "bf16": 2}
 _CONDITIONS = ("data_sha256", "window_tokens", "precision")
 
 
@@ -187,11 +188,22 @@ def estimates(run: RunRecord) -> list[Comparison]:
             ("trainable parameters", estimate.get("trainable"), stage.result.get("trainable"), ""),
             ("tokens processed", estimate.get("tokens"), tokens * models if tokens is not None else None, ""),
             ("peak memory", memory, _peak(stage.timing), "B"),
-            ("KV cache per token", estimate.get("cache_bytes_per_token"), _cache(stage), "B"),
+            (
+                f"KV cache per token ({stage.result.get('precision')})",
+                _planned_cache(stage, estimate),
+                _cache(stage),
+                "B",
+            ),
             ("disk", estimate.get("disk_bytes"), stage.bytes_on_disk or None, "B"),
         )
         found += [Comparison(stage.name, *pair) for pair in pairs if None not in pair[1:3]]
     return found
+
+
+def _planned_cache(stage: StageRecord, estimate: Json) -> Any:
+    """The plan's cache bytes, which are those of 2-byte elements, in the precision that was measured."""
+    planned, element = estimate.get("cache_bytes_per_token"), _ELEMENT_SIZE.get(str(stage.result.get("precision")))
+    return None if planned is None or element is None else planned * element / 2
 
 
 def _cache(stage: StageRecord) -> Any:
@@ -199,7 +211,10 @@ def _cache(stage: StageRecord) -> Any:
 
 
 def _peak(timing: Json) -> Any:
-    keys = ("peak_memory_bytes", "device_peak_bytes", "process_peak_bytes", "peak_bytes")
+    keys = ["peak_memory_bytes", "device_peak_bytes", "process_peak_bytes", "peak_bytes"]
+    if timing.get("device") == "cuda":
+        # What the process holds on the host is not what the plan estimates for a device.
+        keys.remove("process_peak_bytes")
     return next((timing[key] for key in keys if timing.get(key)), None)
 
 

@@ -75,6 +75,6 @@ class StageCallback(TrainerCallback):
 def history_row(entry: dict[str, float]) -> dict[str, float]:
     """A row of a history artifact from an entry of the trainer's log: values that are the same on every run."""
     renamed = {"learning_rate": "lr"}
-    return {"step": entry["step"]} | {
-        renamed.get(name, name): value for name, value in entry.items() if name not in ("step", "epoch", "total_flos")
-    }
+    kept = {renamed.get(name, name): value for name, value in entry.items() if name not in ("epoch", "total_flos")}
+    # Sorted, because the entries of a loaded checkpoint come in another order than those of the running trainer.
+    return {"step": kept.pop("step")} | dict(sorted(kept.items()))

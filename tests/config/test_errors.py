@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import load_recipe
+from posttrain.config.explain import in_section
 from posttrain.errors import Problem, RecipeError
+from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
+from posttrain.pipeline.plan import make_plan
 
 
 def problems(recipe: str, overrides: list[str], **places: Path) -> list[Problem]:
@@ -106,6 +109,36 @@ def test_one_mistake_one_remedy(typed: str, words: str, fix: str | None) -> None
     if fix is not None:
         assert fix in [problem.fix for problem in mine]
     assert not any("+" in problem.fix for problem in found), "Hydra's own hint teaches the wrong cure"
+
+
+def test_a_stage_may_have_any_name() -> None:
+    stage = ["stage@stages.convert=mla_upcycle", "stages.convert.inputs={model: model}"]
+    (budget,) = problems("x_ecomla", [*stage, "stages.convert.kv_ratio=0.5", "stages.convert.kv_lora_rank=32"])
+    assert budget.fix == "write stages.convert.kv_ratio=null stages.convert.kv_lora_rank=32"
+    typed = "stages.convert.qk_rope_head_dim=7"
+    recipe = load_recipe("x_ecomla", [*stage, "stages.convert.kv_ratio=0.5", typed])
+    with pytest.raises(RecipeError) as caught:
+        make_plan(recipe)
+    (width,) = caught.value.problems
+    assert width.where == typed and "stages.convert.qk_rope_head_dim=" in width.fix
+
+
+@pytest.mark.parametrize(
+    ("fix", "shown"),
+    [
+        ("kv_ratio=0.3 or more", "stages.a.kv_ratio=0.3 or more"),
+        ("inputs.calibration=data.train, or objective=weight", "stages.a.inputs.calibration=data.train, or stages.a."),
+        (
+            "model.path=FOLDER, engine.ranks=1, --rank_multiple=2",
+            "model.path=FOLDER, engine.ranks=1, --rank_multiple=2",
+        ),
+        ("stages.other.kv_ratio=1 ~objective=2 lower kv_ratio", "stages.other.kv_ratio=1 ~objective=2 lower kv_ratio"),
+    ],
+)
+def test_settings_in_a_stages_advice_can_be_typed(fix: str, shown: str) -> None:
+    problem = in_section(Problem("wrong", "inputs.model", fix), MlaUpcycleConfig, "stages.a")
+    assert problem.fix.startswith(shown) and problem.where == "stages.a.inputs.model"
+    assert in_section(Problem("wrong", "some place"), MlaUpcycleConfig, "stages.a").where == "some place"
 
 
 def test_a_refused_target_is_told_once() -> None:

@@ -106,6 +106,8 @@ def test_a_slip_in_a_reference(data: st.DataObject) -> None:
     stage = data.draw(st.sampled_from(STAGES))
     name, reference = data.draw(st.sampled_from(sorted(RECIPE.stages[stage].inputs.items())))
     typed = data.draw(slips(reference))
+    if typed == reference:
+        return
     argument = f"stages.{stage}.inputs.{name}={typed}"
     problem = one_problem([argument])
     assert problem.where == argument

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.data.builders import committed, stdlib_text, tiny
+from posttrain.data.builders import committed, tiny
 from posttrain.data.builders.prompts import TASKS, TOPICS, built_in
 from posttrain.data.documents import Document, limited, split_documents
 from posttrain.errors import RecipeError
@@ -59,20 +59,6 @@ def test_limits() -> None:
     assert [row.text for row in limited(rows, 2, None)] == ["aaaa", "bbbb"]
     assert [row.text for row in limited(rows, None, 9)] == ["aaaa", "bbbb"]
     assert [row.text for row in limited(rows, None, 1)] == ["aaaa"]
-
-
-def test_standard_library_text() -> None:
-    rows = stdlib_text.build()
-    size = sum(len(row.text.encode()) for row in rows)
-    assert 1_000_000 < size < 6_000_000 and len(rows) > 400
-    assert len({row.id for row in rows}) == len(rows)
-    kinds = {row.id.split("/")[0] for row in rows[:60]}
-    assert kinds == {"chat", "code", "docstrings", "reference"}
-    assert rows == stdlib_text.build()
-    code = sum(len(row.text) for row in rows if row.id.startswith("code/"))
-    assert code < 0.15 * size
-    train, heldout = split_documents(rows, 0.05)
-    assert not {row.group for row in train} & {row.group for row in heldout}
 
 
 def test_tiny_text_is_tiny_and_the_same_everywhere() -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from posttrain.data.builders import python_text
 from posttrain.data.config import DataSourceConfig
 from posttrain.data.reading import read_card, read_rows
 from posttrain.data.stage import DataSource
@@ -77,7 +78,7 @@ def test_ignored_settings_are_not_in_the_key() -> None:
     assert tiny.key_fields() == DataSourceConfig(**OPTIONS["tiny"], samples={"num_samples": 7}).key_fields()
     other = DataSourceConfig(**{**OPTIONS["tiny"], "heldout_fraction": 0.3})
     assert tiny.key_fields() != other.key_fields()
-    assert STAGE.external(DataSourceConfig(**OPTIONS["demo_text"])).keys() == {"python", "heldout_files"}
+    assert STAGE.external(DataSourceConfig(**OPTIONS["demo_text"])).keys() == {"python", "packages", "heldout_files"}
 
 
 def test_artifacts_and_prediction_agree(tmp_path) -> None:
@@ -96,13 +97,32 @@ def test_artifacts_and_prediction_agree(tmp_path) -> None:
     assert again == (train, heldout)
 
 
-def test_demo_text_holds_out_the_committed_text(tmp_path) -> None:
-    train, heldout = run(DataSourceConfig(**OPTIONS["demo_text"], max_rows=20), tmp_path)
+def test_demo_text_holds_out_the_committed_text(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(python_text, "get_paths", lambda: {"stdlib": str(Path(json.__file__).parent)})
+    option = OPTIONS["demo_text"] | {"python": {"packages": ["no_such_package"]}}
+    train, heldout = run(DataSourceConfig(**option, max_rows=20), tmp_path)
     assert len(train) == 20 and len(heldout) == 37
     card = read_card(tmp_path / "outputs" / "heldout")
     assert card["builder"] == "committed" and "public domain" in card["licence"]
-    split, own = run(DataSourceConfig(**{**OPTIONS["demo_text"], "heldout": "split"}), tmp_path / "split")
+    card = read_card(tmp_path / "outputs" / "train")
+    assert card["external"]["packages"] == {"no_such_package": "not installed"}
+    option["python"] = option["python"] | {"max_bytes": 100_000}
+    limited, _ = run(DataSourceConfig(**option), tmp_path / "limited")
+    assert 90_000 < sum(len(row["text"].encode()) for row in limited) <= 100_000
+    del option["python"]
+    split, own = run(DataSourceConfig(**{**option, "heldout": "split", "heldout_fraction": 0.3}), tmp_path / "split")
     assert len(own) > 10 and not {row["text"] for row in own} & {row["text"] for row in split}
+
+
+def test_demo_text_is_planned_at_its_limit() -> None:
+    cfg = DataSourceConfig(**OPTIONS["demo_text"])
+    assert STAGE.describe(cfg, {})["train"].tokens == cfg.python.max_bytes // 4
+    assert STAGE.estimate(cfg, {}).notes == ()
+    alone = DataSourceConfig(**{**OPTIONS["demo_text"], "python": {"packages": ["no_such_package"]}})
+    assert STAGE.describe(alone, {})["train"].tokens < cfg.python.max_bytes // 8
+    assert "no_such_package" in STAGE.estimate(alone, {}).notes[0]
+    assert alone.key_fields() != cfg.key_fields()
+    assert "python" not in DataSourceConfig(**OPTIONS["tiny"], python={"max_bytes": 9}).key_fields()
 
 
 def test_folder_of_files(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -106,6 +107,27 @@ def copy_store_without(base: Path, target: Path, *types: str) -> None:
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
+
+
+def freeze_when(pid: int, condition: Callable[[], bool], what: str) -> None:
+    """Let the process run in slices of two milliseconds and leave it stopped when the condition holds.
+
+    A moment that lasts shorter than a look at the file system cannot be caught while the process goes on.
+    """
+    end = time.monotonic() + DEADLINE
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        if condition():
+            return
+        assert not gone(pid) and time.monotonic() < end, f"the process ended before {what}"
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.002)
+
+
+def thaw(pid: int) -> None:
+    """Let a stopped process go on; nothing when it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
 
 
 def gone(pid: int) -> bool:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import toy_stages
 from toy_stages import toy_recipe
 
-from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, StageError
+from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Problem, StageError
 from posttrain.launch import execute, worker
 from posttrain.launch.execute import check_result, execute_job
 from posttrain.launch.job import Job, read_outcome
@@ -42,6 +44,54 @@ def test_a_job_becomes_an_artifact_with_a_full_manifest():
     assert manifest["inputs"]["data"]["output"] == "train" and manifest["estimate"]["tokens"] == 50
     assert manifest["engine"]["device"] == "cpu" and "torch" in manifest["versions"]
     assert {"git", "host", "started", "finished", "seconds", "attempts", "config", "seed"} <= manifest.keys()
+
+
+def test_the_tracker_reaches_the_stage_and_not_the_key():
+    wandb = {"name": "wandb", "project": "p", "mode": "offline"}
+    contexts, keys = {}, set()
+    for name, tracker in (("none", {}), ("wandb", wandb)):
+        plan = make_plan(toy_recipe(frame={"tracker": tracker}))
+        job, work_dir = job_of(plan, "data", {})
+        keys.add(job.key)
+        contexts[name] = execute.make_context(Job.read(work_dir), None, work_dir, "cpu")
+    assert contexts["none"].tracker is None
+    assert contexts["wandb"].tracker == {**wandb, "dir": str(plan.run_dir.path)}
+    assert len(keys) == 1
+
+
+def test_a_tracked_job_tells_the_trainer(monkeypatch):
+    from posttrain.training.arguments import Optimisation, training_arguments
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    monkeypatch.setattr(os, "environ", {**environment, "WANDB_MODE": "offline"})
+    for tracker, expected in (("none", []), ("wandb", ["wandb"])):
+        plan = make_plan(toy_recipe(frame={"tracker": {"name": tracker}}))
+        context = execute.make_context(*job_of(plan, "data", {})[:1], None, Path("work"), "cpu")
+        assert training_arguments(context, Optimisation(lr=1e-3), 2, 1, 1).report_to == expected
+    assert os.environ["WANDB_DIR"] == str(plan.run_dir.path)
+
+
+def test_leftovers_of_a_killed_attempt_do_not_reach_the_artifact():
+    job, work_dir = train_job()
+    half = work_dir / "outputs" / ".history-x1"
+    half.mkdir(parents=True)
+    (half / "history.jsonl").write_text("{")
+    (work_dir / "outputs" / "history").mkdir()
+    (work_dir / "outputs" / "history" / ".history.jsonl.17.aside").write_text("{")
+    artifact = execute_job(job, work_dir)
+    assert sorted(path.name for path in artifact.folder.rglob("*")) == ["history", "history.jsonl", "manifest.json"]
+
+
+def test_what_a_stage_reports_is_said_in_the_recipes_words(monkeypatch):
+    job, work_dir = train_job()
+
+    def refuse(self, ctx):
+        raise StageError("too fast", "lr", "write lr=1e-6")
+
+    monkeypatch.setattr(toy_stages.ToyTrain, "run", refuse)
+    with pytest.raises(StageError) as caught:
+        execute_job(job, work_dir)
+    assert caught.value.problems == [Problem("too fast", "stages.train.lr", "write stages.train.lr=1e-6")]
 
 
 def test_a_job_survives_its_file():
@@ -80,9 +130,10 @@ def test_stop_then_resume_ends_as_if_nothing_had_happened(monkeypatch):
     assert worker.run_job(job, work_dir) == EXIT_DONE
     resumed = Path(job.target)
     assert (resumed / "history" / "history.jsonl").read_bytes() == expected
-    assert json.loads((resumed / "manifest.json").read_text())["metrics"]["result"] == undisturbed.manifest["metrics"][
-        "result"
-    ]
+    assert (
+        json.loads((resumed / "manifest.json").read_text())["metrics"]["result"]
+        == undisturbed.manifest["metrics"]["result"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,12 @@ def test_two_runs_that_want_the_same_key_do_the_work_once():
         thread.start()
     for thread in threads:
         thread.join()
-    started = [event["stage"] for result in results.values() for event in result.run_dir.events()
-               if event["event"] == "stage_started"]
+    started = [
+        event["stage"]
+        for result in results.values()
+        for event in result.run_dir.events()
+        if event["event"] == "stage_started"
+    ]
     assert all(result.exit_code == EXIT_DONE for result in results.values())
     assert sorted(started) == ["data", "evaluate", "train"]
 

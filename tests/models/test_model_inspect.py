@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from upcycled_models import make_latent
 
 from posttrain.errors import RecipeError
+from posttrain.models import inspect
 from posttrain.models.architecture import normalise
 from posttrain.models.inspect import (
     chat_template_digest,
@@ -47,6 +49,14 @@ def test_meta_of_a_good_folder(folder: Path) -> None:
     assert meta.extra["weight_bytes"] == (folder / "model.safetensors").stat().st_size
     assert "model.layers.1.self_attn.kv_b_proj.weight" in tensor_names(folder)
     json.dumps(meta.to_json())
+
+
+def test_a_tokenizer_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    os.utime(folder / "tokenizer.json", ns=(10**18, 10**18))
+    before = tokenizer_digest(folder)
+    monkeypatch.setattr(inspect, "_digest_tokenizer", lambda path: pytest.fail("read again"))
+    assert tokenizer_digest(folder) == before
 
 
 def test_tokenizer_digest_survives_a_resave_and_the_state_of_a_call(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ from toy_stages import ToySource, ToySourceConfig, ToyTrain, ToyTrainConfig
 
 from posttrain.errors import RecipeError
 from posttrain.pipeline import fingerprint
-from posttrain.pipeline.fingerprint import canonical_json, digest, digest_path, explain, key_document, key_of
+from posttrain.pipeline.fingerprint import (
+    canonical_json,
+    digest,
+    digest_by,
+    digest_path,
+    explain,
+    key_document,
+    key_of,
+)
 
 configs = st.builds(
     lambda lr, steps: ToyTrainConfig(lr=lr, steps=steps),
@@ -104,6 +112,25 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fingerprint, "hash_file", no_reading)
     assert digest_path(file) == first
+
+
+def test_another_digest_of_a_file_is_computed_once_too_and_kept_apart(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("content")
+    age(file)
+    calls = []
+
+    def length(path):
+        calls.append(path)
+        return str(path.stat().st_size)
+
+    content = digest_path(file)
+    assert [digest_by(file, length, "length-1") for _ in range(2)] == ["7", "7"] and len(calls) == 1
+    assert digest_path(file) == content
+    file.write_text("longer content")
+    age(file)
+    assert digest_by(file, length, "length-1") == "14"
+    assert digest_by(file, lambda path: "other", "length-2") == "other"
 
 
 def test_a_file_replaced_with_the_same_size_and_time_is_noticed(tmp_path):

@@ -7,12 +7,13 @@ import toy_stages
 from toy_stages import ToyEvaluateConfig, ToyTrainConfig, toy_recipe
 
 from posttrain.errors import RecipeError
+from posttrain.pipeline import device as device_module
 from posttrain.pipeline import guard as guard_module
 from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.execution import make_record
 from posttrain.pipeline.guard import guard
 from posttrain.pipeline.lock import Lock
-from posttrain.pipeline.plan import make_plan
+from posttrain.pipeline.plan import RUNTIME_BYTES, make_plan
 from posttrain.pipeline.plan_text import big_number, duration, render, size
 
 
@@ -128,20 +129,32 @@ def test_guard_looks_at_what_is_to_do_only():
 
 def test_guard_compares_memory_by_terms_with_the_machine(monkeypatch):
     monkeypatch.setattr(guard_module, "host_memory", lambda: 10**9)
-    assert guard(make_plan(toy_recipe(memory=10**9))) == []
-    with pytest.raises(RecipeError, match="weights .*optimizer.*this machine has 1.0 GB"):
-        guard(make_plan(toy_recipe(memory=10**9 + 2)))
+    room = 10**9 - RUNTIME_BYTES
+    assert guard(make_plan(toy_recipe(memory=room))) == []
+    with pytest.raises(RecipeError, match="weights .*optimizer.*runtime.*this machine has 1.0 GB"):
+        guard(make_plan(toy_recipe(memory=room + 2)))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "there"), [("cpu", 1, 1), ("auto", None, 1), ("auto", 1, 0), ("cuda", None, 0)]
+)
+def test_the_process_itself_counts_on_the_host_only(monkeypatch, device, gpu, there):
+    monkeypatch.setattr(device_module, "gpu_memory", lambda: gpu)
+    frame = {"engine": {"device": device}}
+    memory = make_plan(toy_recipe(memory=10, frame=frame))["train"].estimate.memory
+    assert memory == {"weights": 5, "optimizer": 5, **({"runtime": RUNTIME_BYTES} if there else {})}
+    assert make_plan(toy_recipe(frame=frame))["train"].estimate.memory == {}, "what is unknown stays unknown"
 
 
 def test_guard_says_what_it_does_not_know(monkeypatch):
     assert any("peak memory is unknown" in line for line in guard(make_plan(toy_recipe())))
-    monkeypatch.setattr(guard_module, "_gpu_memory", lambda: None)
+    monkeypatch.setattr(guard_module, "gpu_memory", lambda: None)
     unknown = guard(make_plan(toy_recipe(memory=10**15, frame={"engine": {"device": "cuda"}})))
     assert any("no nvidia-smi" in line for line in unknown)
 
 
 def test_guard_uses_the_gpus_memory_when_there_is_one(monkeypatch):
-    monkeypatch.setattr(guard_module, "_gpu_memory", lambda: 2 * 10**15)
+    monkeypatch.setattr(guard_module, "gpu_memory", lambda: 2 * 10**15)
     guard(make_plan(toy_recipe(memory=10**15, frame={"engine": {"device": "auto"}})))
     with pytest.raises(RecipeError, match="this machine"):
         guard(make_plan(toy_recipe(memory=10**15)))
@@ -159,6 +172,7 @@ def test_the_text_has_every_stage_its_terms_and_its_reasons():
     header = next(line for line in lines if line.startswith("stage"))
     row = next(line for line in lines if line.startswith("train"))
     assert row.index("new") == header.index("why")
+    assert "cache/token (bf16)" in header
     assert "weights 1.5 MB + optimizer 1.5 MB" in text and "something" in text and "3 of 3 stages" in text
 
 

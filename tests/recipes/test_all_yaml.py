@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 
@@ -75,8 +76,17 @@ def test_a_file_says_in_its_head_what_it_is(path: Path) -> None:
     head = lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))]
     assert head, "begin with a comment"
     assert len(head[0]) > 20
-    if path.parent.name not in ("model", "data"):
-        assert "posttrain " in "\n".join(head), "name a command that uses it"
+    assert re.search(r"\bposttrain \w+ \w+", "\n".join(head)), "name a command that uses it"
+
+
+@pytest.mark.parametrize("group", ["model", "data"])
+def test_the_command_in_an_options_head_composes(group: str) -> None:
+    for path in sorted((paths.shipped("conf") / group).glob("*.yaml")):
+        typed = re.search(r"posttrain (?:run|plan|show) (.+)", path.read_text(encoding="utf-8"))
+        assert typed, f"{path.name}: name a command that uses it"
+        recipe, *overrides = typed[1].split()
+        assert f"{group}={path.stem}" in overrides
+        assert graph(recipe, *overrides).order
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -186,7 +186,7 @@ def evaluation_artifact(figures: dict[str, float], answer: str, **changes: Any) 
     samples = [{"prompt": "Is 1 < 2 & true?", "model": answer, "baseline": "Yes | it is."}]
     result = {**evaluation_metrics(figures), **changes}
     files = {"metrics.json": "{}", "documents.jsonl": lines(rows), "samples.json": json.dumps(samples)}
-    estimate = {"parameters": 1234567, "tokens": 40960, "memory": {"weights": 2**30}, "cache_bytes_per_token": 7680}
+    estimate = {"parameters": 1234567, "tokens": 40960, "memory": {"weights": 2**30}, "cache_bytes_per_token": 3840}
     return {
         "outputs": {"evaluation": ("evaluation", {"type": "evaluation"}, files)},
         "metrics": {"result": result, "timing": EVALUATION_TIMING},

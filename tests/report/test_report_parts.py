@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from fabricated_run import complete_run
 
 from posttrain.report.blocks import Node
+from posttrain.report.facts import _peak, estimates
 from posttrain.report.graph import lanes, svg
 from posttrain.report.numbers import byte_size, duration, percent, significant, whole, with_interval
 from posttrain.report.plots import short_label
+from posttrain.report.read import read_run
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,19 @@ def test_two_stages_never_share_a_lane_while_both_are_needed() -> None:
 def test_the_graph_names_every_stage_and_escapes_it() -> None:
     text = svg([node("a"), node("<b>", "a")])
     assert "&lt;b&gt;" in text and "<b>" not in text and text.count("<path") == 1
+
+
+def test_the_plans_cache_is_compared_in_the_precision_that_was_measured(tmp_path: Path) -> None:
+    found = [item for item in estimates(read_run(complete_run(tmp_path))) if item.quantity.startswith("KV cache")]
+    assert {(item.quantity, item.estimated, item.measured) for item in found} == {
+        ("KV cache per token (fp32)", 7680, 7680)
+    }
+
+
+def test_the_hosts_memory_is_not_compared_with_a_devices() -> None:
+    assert _peak({"device": "cpu", "process_peak_bytes": 7}) == 7
+    assert _peak({"device": "cuda", "process_peak_bytes": 7}) is None
+    assert _peak({"device": "cuda", "process_peak_bytes": 7, "device_peak_bytes": 5}) == 5
 
 
 def test_labels_of_axes_are_broken_at_words() -> None:

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import make_source
+from source_models import make_source
 
 from posttrain.models.architecture import normalise, parameter_count
 from posttrain.training.estimate import (

@@ -19,7 +19,7 @@ from posttrain.methods.evaluation.scoring import Document, Logits, PartialResult
 from posttrain.methods.evaluation.stage import ELEMENT_SIZE, position_limit
 from posttrain.models.loading import load_model, load_tokenizer
 from posttrain.pipeline.context import StageContext
-from posttrain.pipeline.files import write_json, write_text
+from posttrain.pipeline.files import clear, write_json, write_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,6 +54,7 @@ def evaluate(ctx: StageContext) -> Path:
     _measure_speed(ctx, models, limit, boundary)
 
     folder = ctx.output_dir("evaluation")
+    clear(folder)
     rows = [_document_row(*pair) for pair in zip(documents, sums, strict=True)]
     write_json(folder / "metrics.json", {"format": 1, **settings, **figures})
     write_text(folder / "documents.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -125,6 +126,8 @@ def _measure_speed(ctx: StageContext, models: dict[str, Any], limit: float, boun
     cfg = ctx.config
     decode = int(min(cfg.decode_tokens, limit // 2))
     prefill = int(min(cfg.prefill_tokens, limit - decode))
+    # The speed runs reset the device's account: the peak of what came before is read first.
+    device_peak = torch.cuda.max_memory_allocated() if ctx.device == "cuda" else 0
     if cfg.repeats:
         speeds = measure.throughput(
             models,
@@ -139,7 +142,8 @@ def _measure_speed(ctx: StageContext, models: dict[str, Any], limit: float, boun
         ctx.record_timing(prefill_tokens=prefill, decode_tokens=decode, batch_size=cfg.batch_size)
     ctx.record_timing(device=ctx.device, process_peak_bytes=measure.process_peak_bytes())
     if ctx.device == "cuda":
-        ctx.record_timing(device_name=torch.cuda.get_device_name())
+        device_peak = max(device_peak, torch.cuda.max_memory_allocated())
+        ctx.record_timing(device_name=torch.cuda.get_device_name(), device_peak_bytes=device_peak)
     else:
         ctx.record_timing(threads=torch.get_num_threads())
 

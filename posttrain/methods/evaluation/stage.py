@@ -47,7 +47,6 @@ class Evaluate(Stage):
             return Estimate()
         from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 
-        size = ELEMENT_SIZE[cfg.precision]
         window = int(min(cfg.max_tokens, position_limit(architectures)))
         rows = inputs["data"].rows
         documents = cfg.max_documents if rows is None else min(cfg.max_documents, rows)
@@ -56,7 +55,7 @@ class Evaluate(Stage):
             parameters=parameter_count(architectures[0]),
             tokens=documents * window * cfg.max_windows * len(architectures),
             memory=_memory(cfg, architectures, window),
-            cache_bytes_per_token=cache_bytes_per_token(architectures[0], size),
+            cache_bytes_per_token=cache_bytes_per_token(architectures[0]),
             notes=tuple(notes),
         )
 

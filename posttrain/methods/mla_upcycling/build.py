@@ -45,8 +45,8 @@ def build_plan(
     if objective != "weight" and stats is None:
         raise RecipeError(
             f"objective={objective} needs calibration text",
-            where="mla_upcycle objective",
-            fix="give a calibration input, e.g. stages.upcycle.inputs.calibration=data.train, or objective=weight",
+            where="objective",
+            fix="give a calibration input, e.g. inputs.calibration=data.train, or objective=weight",
         )
     layers = []
     for index, attention in enumerate(attention_layers(model)):

@@ -67,14 +67,13 @@ class MlaUpcycleConfig(StageConfig):
 
     @model_validator(mode="after")
     def _one_budget(self) -> MlaUpcycleConfig:
-        name = "stages.upcycle"
         if self.kv_lora_rank is not None and self.kv_ratio is not None:
             raise ValueError(
                 "give exactly one of kv_lora_rank and kv_ratio; set the other to null, e.g. "
-                f"{name}.kv_ratio=null {name}.kv_lora_rank={self.kv_lora_rank}"
+                f"kv_ratio=null kv_lora_rank={self.kv_lora_rank}"
             )
         if self.kv_lora_rank is None and self.kv_ratio is None:
-            raise ValueError(f"give one of kv_lora_rank and kv_ratio, e.g. {name}.kv_ratio=0.25")
+            raise ValueError("give one of kv_lora_rank and kv_ratio, e.g. kv_ratio=0.25")
         return self
 
     @model_validator(mode="after")

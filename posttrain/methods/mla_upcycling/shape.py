@@ -62,20 +62,20 @@ def check_family(architecture: Mapping[str, Any]) -> None:
     if family == "upcycled":
         raise RecipeError(
             "mla_upcycle wants a plain source model, this one is upcycled already",
-            where="mla_upcycle input model",
-            fix="start from the source: stages.upcycle.inputs.model=model",
+            where="inputs.model",
+            fix="start from the source: inputs.model=model",
         )
     if architecture.get("qk_norm"):
         raise RecipeError(
             f"{family} normalises queries and keys per head (QK-norm): a latent cannot be absorbed through that norm, "
             "and ignoring it destroys the model",
-            where="mla_upcycle input model",
+            where="inputs.model",
             fix=f"use a model of a supported family: {', '.join(FAMILIES)}",
         )
     if family not in FAMILIES:
         raise RecipeError(
             f"mla_upcycle cannot convert model_type {family}",
-            where="mla_upcycle input model",
+            where="inputs.model",
             fix=f"use a model of a supported family: {', '.join(FAMILIES)}",
         )
 
@@ -136,18 +136,18 @@ def largest_rank(cfg: MlaUpcycleConfig, head_dim: int, kv_heads: int, rope_dim: 
 
 def _rope_dim(head_dim: int, cfg: MlaUpcycleConfig) -> int:
     rope_dim = cfg.qk_rope_head_dim if cfg.qk_rope_head_dim is not None else 2 * (head_dim // 4)
-    where = "mla_upcycle qk_rope_head_dim"
+    where = "qk_rope_head_dim"
     if rope_dim % 2 or rope_dim > head_dim:
         raise RecipeError(
             f"qk_rope_head_dim {rope_dim} must be even and at most the source's head_dim {head_dim}",
             where=where,
-            fix=f"e.g. stages.upcycle.qk_rope_head_dim={2 * (head_dim // 4)}",
+            fix=f"e.g. qk_rope_head_dim={2 * (head_dim // 4)}",
         )
     if cfg.rotary_plan == "xeco" and head_dim % rope_dim:
         raise RecipeError(
             f"rotary_plan=xeco needs a qk_rope_head_dim that divides head_dim {head_dim}, {rope_dim} does not",
             where=where,
-            fix=f"e.g. stages.upcycle.qk_rope_head_dim={head_dim // 2}",
+            fix=f"e.g. qk_rope_head_dim={head_dim // 2}",
         )
     return rope_dim
 
@@ -155,9 +155,9 @@ def _rope_dim(head_dim: int, cfg: MlaUpcycleConfig) -> int:
 def _rank(cfg: MlaUpcycleConfig, head_dim: int, kv_heads: int, rope_dim: int) -> int:
     source, largest = 2 * kv_heads * head_dim, largest_rank(cfg, head_dim, kv_heads, rope_dim)
     if cfg.kv_lora_rank is not None:
-        rank, where = cfg.kv_lora_rank, "mla_upcycle kv_lora_rank"
+        rank, where = cfg.kv_lora_rank, "kv_lora_rank"
     else:
-        where = "mla_upcycle kv_ratio"
+        where = "kv_ratio"
         # (64/384) · 384 must not lose a multiple to the last digit of a float.
         wanted = int(cfg.kv_ratio * source - rope_dim + 1e-6)
         rank = wanted // cfg.rank_multiple * cfg.rank_multiple
@@ -167,12 +167,12 @@ def _rank(cfg: MlaUpcycleConfig, head_dim: int, kv_heads: int, rope_dim: int) ->
                 f"kv_ratio {cfg.kv_ratio} leaves no room for a latent: the source caches {source} elements, the "
                 f"rotary key takes {rope_dim}, and the rank is a multiple of {cfg.rank_multiple}",
                 where=where,
-                fix=f"stages.upcycle.kv_ratio={smallest:.4f} or more, or a smaller stages.upcycle.qk_rope_head_dim",
+                fix=f"kv_ratio={smallest:.4f} or more, or a smaller qk_rope_head_dim",
             )
     if rank > largest:
         raise RecipeError(
             f"rank {rank} is larger than possible: keys and values without the rotary key have {largest} dimensions",
             where=where,
-            fix=f"use at most stages.upcycle.kv_ratio=null stages.upcycle.kv_lora_rank={largest}",
+            fix=f"use at most kv_ratio=null kv_lora_rank={largest}",
         )
     return rank

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +12,7 @@ from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.methods.mla_upcycling.shape import MlaShape, resolve_shape
 from posttrain.models.architecture import cache_bytes_per_token, normalise, parameter_count
 from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.files import clear
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class MlaUpcycle(Stage):
         if cfg.objective in ("activation", "attention") and "calibration" not in inputs:
             raise RecipeError(
                 f"objective={cfg.objective} needs calibration text",
-                where="mla_upcycle objective",
-                fix="add inputs.calibration=data.train, or set objective=weight",
+                where="objective",
+                fix="write inputs.calibration=data.train, or write objective=weight",
             )
         if inputs["model"].architecture is not None:
             resolve_shape(inputs["model"].architecture, cfg)
@@ -99,8 +99,7 @@ class MlaUpcycle(Stage):
 
         target, conversion = ctx.output_dir("model"), ctx.output_dir("conversion")
         for folder in (target, conversion):
-            shutil.rmtree(folder)
-            folder.mkdir()
+            clear(folder)
         save_model(converted, tokenizer, target, dtype=_stored_dtype(ctx))
         plan.save(conversion)
         _record(ctx, plan.report())

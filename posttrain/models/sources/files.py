@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,6 +33,9 @@ def place(files: Iterable[Path], target: Path, *, link: bool, report: Callable[[
         link: hard-link where the file system can; only for files that nobody changes in place.
         report: called with (bytes done, bytes in all) after every file.
     """
+    # shutil loads the compression libraries, which a plan should not wait for.
+    from shutil import copyfile
+
     paths = list(files)
     total, done = sum(path.stat().st_size for path in paths), 0
     target.mkdir(parents=True, exist_ok=True)
@@ -41,16 +43,10 @@ def place(files: Iterable[Path], target: Path, *, link: bool, report: Callable[[
         destination = target / path.name
         destination.unlink(missing_ok=True)
         if not (link and _linked(path, destination)):
-            shutil.copyfile(path, destination)
+            copyfile(path, destination)
         done += path.stat().st_size
         if report is not None:
             report(done, total)
-
-
-def clear(folder: Path) -> None:
-    """Remove what an interrupted attempt left in an output folder."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _linked(path: Path, destination: Path) -> bool:

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import make_source
+from source_models import make_source
 
 from posttrain.methods.distillation import Distill, DistillConfig
 from posttrain.pipeline.context import InputArtifact, StageContext

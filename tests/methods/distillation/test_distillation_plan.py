@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_source
 from pydantic import ValidationError
+from source_models import make_source
 
 from posttrain.errors import RecipeError
 from posttrain.methods.distillation import Distill, DistillConfig

@@ -234,7 +234,7 @@ def test_mixers_alone(context, world):
 
 def test_convergence(context, world, tmp_path):
     """A student of the teacher's shape, started elsewhere, gets most of the way on 40 steps."""
-    from conftest import make_source
+    from source_models import make_source
 
     from posttrain.models.loading import save_model
     from posttrain.models.tiny import tiny_tokenizer
@@ -288,7 +288,7 @@ def test_too_little_data(context, tmp_path, texts):
 
 
 def test_vocabularies_differ(context, tmp_path):
-    from conftest import make_source
+    from source_models import make_source
 
     from posttrain.models.loading import save_model
     from posttrain.models.tiny import tiny_tokenizer

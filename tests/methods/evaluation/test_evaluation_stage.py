@@ -201,8 +201,15 @@ def test_the_estimate_counts_both_models() -> None:
     both = Evaluate().estimate(config(max_windows=1), {**metas, "baseline": metas["model"]})
     assert (alone.tokens, both.tokens) == (7 * 32, 2 * 7 * 32)
     assert both.memory["baseline weights"] == both.memory["weights"] == 4 * both.parameters
-    assert alone.cache_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert alone.cache_bytes_per_token == 2 * 2 * 2 * 16 * 2, "the plan counts elements of two bytes"
     assert "32 tokens" in alone.notes[0]
+
+
+def test_what_an_interrupted_attempt_left_is_gone(folders, tmp_path: Path) -> None:
+    left = context(tmp_path / "work", config()).output_dir("evaluation")
+    (left / "half.jsonl").write_text("{")
+    run(tmp_path / "work", config(max_documents=2), model=folders["model"], data=folders["data"])
+    assert {path.name for path in left.iterdir()} == {"metrics.json", "documents.jsonl", "samples.json"}
 
 
 def test_how_the_work_is_done_is_not_in_the_key() -> None:

@@ -28,7 +28,7 @@ def shape(architecture: dict | None = None, **settings):
 
 
 def test_both_budgets_are_refused_with_what_to_type() -> None:
-    typed = r"stages\.upcycle\.kv_ratio=null stages\.upcycle\.kv_lora_rank=64"
+    typed = "e.g. kv_ratio=null kv_lora_rank=64"
     with pytest.raises(ValidationError, match=typed) as caught:
         MlaUpcycleConfig(kv_lora_rank=64, kv_ratio=0.25)
     assert caught.value.error_count() == 1

@@ -190,3 +190,12 @@ def test_published_cache_sizes(shape: tuple[int, ...], rank: int, rope: int, rat
     estimate = STAGE.estimate(cfg, inputs)
     assert estimate.cache_bytes_per_token == 2 * shape[-1] * (rank + rope)
     assert estimate.cache_bytes_per_token == ratio * cache_bytes_per_token(inputs["model"].architecture)
+
+
+def test_what_an_interrupted_attempt_left_is_gone(tmp_path: Path) -> None:
+    ctx = context(tmp_path, config())
+    for name in ("model", "conversion"):
+        (ctx.output_dir(name) / "half").mkdir()
+        (ctx.output_dir(name) / "half" / "written.safetensors").write_bytes(b"x")
+    folders = STAGE.run(ctx)
+    assert not any((folder / "half").exists() for folder in folders.values())

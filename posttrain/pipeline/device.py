@@ -1,0 +1,41 @@
+"""Where stages will compute, and how much memory there is; without torch."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+
+def computes_on_host(device: str) -> bool:
+    """Whether that `engine.device` means the CPU; `auto` does where no GPU can be seen."""
+    return device == "cpu" or (device == "auto" and gpu_memory() is None)
+
+
+def host_memory() -> int:
+    """Physical memory in bytes, or the control group's limit where that is lower."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return physical
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+@cache
+def gpu_memory() -> int | None:
+    """Memory of the smallest GPU in bytes, None without nvidia-smi or GPU."""
+    import shutil
+    import subprocess
+
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+
+    command = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    sizes = [int(line) for line in answer.split() if line.isdigit()]
+    return min(sizes) * 2**20 if sizes else None
