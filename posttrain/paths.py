@@ -22,6 +22,6 @@ def shipped(folder: str) -> Path:
 def user_cache() -> Path:
     """The per-user cache folder (`$POSTTRAIN_CACHE`, else `$XDG_CACHE_HOME/posttrain`, else `~/.cache/posttrain`)."""
     if explicit := os.environ.get("POSTTRAIN_CACHE"):
-        return Path(explicit)
+        return Path(explicit).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "posttrain"
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "posttrain"

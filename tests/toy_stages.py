@@ -35,7 +35,8 @@ class ToySource(Stage):
     def external(self, cfg):
         if cfg.outside == "missing":
             raise RecipeError("the folder is missing", fix="make it")
-        return {"outside": cfg.outside}
+        file = Path("outside.txt")
+        return {"outside": cfg.outside, **({"file": file.read_text()} if file.exists() else {})}
 
     def describe(self, cfg, inputs):
         return {name: ArtifactMeta("dataset", rows=cfg.rows, tokens=cfg.rows * 10) for name in self.outputs}
@@ -59,6 +60,7 @@ class ToyTrainConfig(StageConfig):
     pause: float = Field(0.0, json_schema_extra=NOT_IN_KEY)
     memory: int | None = None
     fail: str = Field("", json_schema_extra=NOT_IN_KEY)
+    noise: float = Field(0.0, json_schema_extra=NOT_IN_KEY)
 
 
 class ToyTrain(Stage):
@@ -91,7 +93,7 @@ class ToyTrain(Stage):
                 ctx.stop(state["step"])
             time.sleep(ctx.config.pause)
             state["step"] += 1
-            state["losses"].append(1.0 / state["step"] + ctx.config.lr)
+            state["losses"].append(1.0 / state["step"] + ctx.config.lr + ctx.config.noise)
             aside = state_file.with_suffix(".aside")
             aside.write_text(json.dumps(state))
             aside.replace(state_file)

@@ -27,7 +27,19 @@ def command(
         return
     while held(found.lock_path):
         time.sleep(0.1)
-    typer.echo(f"run {found.name} has stopped; continue it with: posttrain resume {found.name}")
+    typer.echo(how_it_ended(found))
+
+
+def how_it_ended(run: RunDir) -> str:
+    """What to tell who asked a run to stop that is over now: it may have been done, or have failed, before it could."""
+    from posttrain.pipeline.progress import state_of
+
+    status = state_of(run.events()).status
+    if status == "done":
+        return f"run {run.name} finished before it could be stopped"
+    if status == "failed":
+        return f"run {run.name} failed before it could be stopped; see: posttrain status {run.name}"
+    return f"run {run.name} has stopped; continue it with: posttrain resume {run.name}"
 
 
 def request_stop(run: RunDir, *, now: bool = False) -> bool:

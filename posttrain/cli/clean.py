@@ -28,7 +28,9 @@ def command(
 ) -> None:
     """Remove abandoned work folders and artifacts that no run refers to; never what a live process holds."""
     from posttrain.pipeline.plan_text import size
+    from posttrain.pipeline.run_dir import require_outputs
 
+    require_outputs(outputs)
     found = leftovers(outputs)
     if not found:
         typer.echo("nothing to clean")
@@ -64,7 +66,11 @@ def leftovers(outputs: Path) -> list[Leftover]:
         identity = (folder.parent.name, folder.name)
         if identity not in wanted and not held(store.work_dir(*identity) / "lock"):
             found.append(_leftover(folder, "no run refers to it"))
-    return found + _set_aside(store, wanted)
+    stale = [
+        _leftover(folder, "made from outputs that a forced rerun replaced")
+        for folder in sorted(store.root.glob("*/.stale-*"))
+    ]
+    return found + stale + _set_aside(store, wanted)
 
 
 def _set_aside(store: Store, wanted: set[tuple[str, str]]) -> list[Leftover]:
@@ -90,10 +96,11 @@ def _leftover(folder: Path, why: str, *, restore: bool = False) -> Leftover:
 
 
 def remove(found: list[Leftover]) -> None:
-    """Remove (or put back) each of them; a work folder only while its lock is ours."""
+    """Remove (or put back) each of them; a work folder only while both its locks are ours."""
     import os
     from shutil import rmtree
 
+    from posttrain.launch.job import CLAIM, LOCK
     from posttrain.pipeline.lock import Lock, LockHeld
 
     for one in found:
@@ -101,7 +108,8 @@ def remove(found: list[Leftover]) -> None:
             os.rename(one.folder, one.folder.with_name(one.folder.name.removeprefix(".old-")))
         elif one.folder.name.startswith(".work-"):
             try:
-                with Lock.acquire(one.folder / "lock"):
+                # In a runner's order: it claims the folder first and starts a worker then.
+                with Lock.acquire(one.folder / CLAIM), Lock.acquire(one.folder / LOCK):
                     rmtree(one.folder)
             except LockHeld:
                 continue

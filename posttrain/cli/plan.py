@@ -19,7 +19,7 @@ def command(
     force: Annotated[
         list[str] | None, typer.Option(metavar="STAGE", help="Plan this stage although it is in the store.")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run's folder.")] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
     config_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")

@@ -24,7 +24,7 @@ def command(
         list[str] | None, typer.Option(metavar="STAGE", help="Run this stage although it is in the store; repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run's folder.")] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Run although it is expensive or may not fit.")] = False,
     config_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")

@@ -35,9 +35,10 @@ def command(
 
 def folders_of(run: str | None, outputs: Path) -> list[Path]:
     """Folders of the artifacts that are meant; a run's unfinished stages are left out."""
-    from posttrain.pipeline.run_dir import find_run
+    from posttrain.pipeline.run_dir import find_run, require_outputs
     from posttrain.pipeline.store import Store
 
+    require_outputs(outputs)
     if run == "all":
         return list(Store(outputs / "store").artifacts())
     found = find_run(run, outputs)

@@ -80,6 +80,16 @@ class Origins:
         """Every place that wrote that key or something under it."""
         return [origin for found, origin in self._build().items() if found[: len(path)] == path]
 
+    def deleted(self, path: KeyPath) -> Argument | None:
+        """The override that deleted that key, None if none did."""
+        deletes = (argument for argument in reversed(self._arguments) if argument.parsed.is_delete())
+        return next((argument for argument in deletes if argument.path == path), None)
+
+    def typed_below(self, path: KeyPath) -> list[str]:
+        """The overrides as typed on the command line, not those of a scale, that wrote that key or under it."""
+        typed = (one.argument.text for one in self.below(path) if one.argument and one.where == one.argument.text)
+        return list(dict.fromkeys(typed))
+
     def shown(self) -> Mapping[str, str]:
         """Dotted key to place."""
         return {".".join(map(str, path)): origin.where for path, origin in self._build().items()}

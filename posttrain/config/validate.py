@@ -17,6 +17,7 @@ from posttrain.config.suggest import among, nearest
 from posttrain.errors import Problem
 
 if TYPE_CHECKING:
+    from posttrain.config.overrides import Argument
     from posttrain.pipeline.stage import Stage, StageConfig
 
 SECTIONS = tuple(Frame.model_fields)
@@ -99,7 +100,7 @@ class Checker:
                     fix = f"write {place.argument.with_key('scale')}"
                 elif guess and (stage is None or not rest):
                     fix = f"write {place.argument.with_key('.'.join([guess, *rest]))}"
-                elif stage:
+                elif stage and (rest or isinstance(place.argument.parsed.value(), dict)):
                     fix = f"write {place.argument.with_key('.'.join(['stages', stage, *rest]))}"
             elif guess:
                 fix = f"write {guess} instead of {key}"
@@ -184,15 +185,34 @@ class Checker:
             inputs = body.get("inputs")
             inputs = {k: v for k, v in inputs.items() if isinstance(v, str)} if isinstance(inputs, dict) else {}
             config = stage.Config.model_construct(type=type_name, inputs=inputs)
+        else:
+            self._overruled(path, config, body)
         self.pairs[name] = (stage, config)
 
+    def _overruled(self, path: KeyPath, config: StageConfig, body: dict[str, Any]) -> None:
+        """Settings typed on the command line that a `path` leaves without effect; those of an option just give way."""
+        if getattr(config, "path", None) is None:
+            return
+        place = ".".join(map(str, path))
+        for name in getattr(config, "ignored_with_path", ()):
+            default = type(config).model_fields[name].get_default(call_default_factory=True)
+            if name not in body or body[name] == default:
+                continue
+            for typed in self.origins.typed_below((*path, name)):
+                what = f"`{place}.{name}` has no effect: `{place}.path` excludes it"
+                self.add(what, typed, f"remove it, or leave out {place}.path")
+
     def _references(self) -> None:
-        from posttrain.pipeline.graph import check_references
+        from posttrain.pipeline.graph import check_references, resolve
 
         for problem in check_references(self.pairs):
             path = tuple(problem.where.split("."))
             reference = self._value(path)
             if isinstance(reference, str) and reference.partition(".")[0] in self.untyped:
+                continue
+            deleted = self._deleted(reference) if isinstance(reference, str) else None
+            if deleted is not None and resolve(reference, self.pairs) is None:
+                self.result.problems.append(self._orphan(path, reference, deleted))
                 continue
             origin = self.origins.of(path)
             if origin.argument is None and problem.fix.startswith(f"write {problem.where}="):
@@ -200,6 +220,24 @@ class Checker:
             else:
                 fix = problem.fix
             self.result.problems.append(Problem(problem.what, origin.where, fix))
+
+    def _deleted(self, reference: str) -> Argument | None:
+        """The override that deleted the stage or source which a reference names."""
+        parts = reference.split(".")
+        paths: list[KeyPath] = [("stages", parts[0]), tuple(parts[:1]), tuple(parts[:2])]
+        return next((found for path in paths if (found := self.origins.deleted(path)) is not None), None)
+
+    def _orphan(self, path: KeyPath, reference: str, deleted: Argument) -> Problem:
+        """The problem of an input whose stage was deleted; `path` is `stages.NAME.inputs.INPUT`."""
+        from posttrain.pipeline.graph import valid_references
+
+        consumer = str(path[1])
+        spec = self.pairs[consumer][0].inputs.get(str(path[-1]))
+        others = valid_references(self.pairs, spec.type if spec else None)
+        fitting = [other for other in others if not other.startswith(f"{consumer}.")]
+        what = f"'{reference}' is the input {path[-1]} of stage {consumer}, but `{deleted.text}` removed it"
+        fix = f"write {'.'.join(map(str, path))}={fitting[0]}, or ~stages.{consumer}" if fitting else "leave it out"
+        return Problem(what, deleted.where, fix)
 
     def _value(self, path: KeyPath) -> Any:
         value: Any = self.data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -57,9 +57,20 @@ class Samples(BaseModel):
 class DataSourceConfig(StageConfig):
     """Where text comes from: files of yours (`path`), or a builder; and which documents are held out.
 
-    A `path` wins over whatever the chosen option says: its `builder`, `hub`, `python`, `samples`, `heldout` and
-    `label` are then ignored, so that `data.path=./my.jsonl` works on top of any option.
+    A `path` wins over whatever the chosen option says: its `builder`, `inputs`, `hub`, `python`, `samples`, `heldout`
+    and `label` are then ignored, so that `data.path=./my.jsonl` works on top of any option. Typed beside it they are an
+    error.
     """
+
+    ignored_with_path: ClassVar[tuple[str, ...]] = (
+        "label",
+        "builder",
+        "inputs",
+        "hub",
+        "python",
+        "samples",
+        "heldout",
+    )
 
     type: Literal["data_source"] = "data_source"
     label: str | None = Field(
@@ -92,6 +103,13 @@ class DataSourceConfig(StageConfig):
     heldout_fraction: float = Field(0.05, gt=0, lt=1, description="Share of documents held out by `heldout=split`.")
     max_rows: int | None = Field(None, ge=1, description="Keep at most this many training documents.")
     max_bytes: int | None = Field(None, ge=1, description="Keep at most this much training text, bytes.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _files_need_no_model(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("path") is not None:
+            return {name: value for name, value in data.items() if name != "inputs"}
+        return data
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

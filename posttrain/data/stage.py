@@ -13,6 +13,7 @@ from posttrain.data.config import DataSourceConfig
 from posttrain.data.documents import BYTES_PER_TOKEN, write_dataset
 from posttrain.data.reading import read_card
 from posttrain.errors import RecipeError, StageError
+from posttrain.models.sources.hub import is_commit
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 
@@ -30,6 +31,10 @@ class DataSource(Stage):
 
     def external(self, cfg: DataSourceConfig) -> dict[str, Any]:
         return sources.external(cfg)
+
+    def uses_seed(self, cfg: DataSourceConfig) -> bool:
+        """Only where a model writes the text; every other builder is the same for all seeds."""
+        return cfg.kind == "teacher_samples"
 
     def describe(self, cfg: DataSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         metas = {}
@@ -97,7 +102,11 @@ def _card(cfg: DataSourceConfig, split: str) -> dict[str, Any]:
 
 def _notes(cfg: DataSourceConfig) -> tuple[str, ...]:
     if cfg.kind == "hub" and cfg.hub:
-        return (f"the first {cfg.hub.max_rows:,} rows of {cfg.hub.name} will be streamed from the hub",)
+        notes = [f"the first {cfg.hub.max_rows:,} rows of {cfg.hub.name} will be streamed from the hub"]
+        if not is_commit(cfg.hub.revision):
+            revision = cfg.hub.revision or "main"
+            notes.append(f"revision {revision} is not pinned: pin data.hub.revision=COMMIT for a repeatable key")
+        return tuple(notes)
     if cfg.kind == "python_text" and (absent := sources.absent_packages(cfg)):
         return (f"without the text of {', '.join(absent)}: not installed here",)
     if cfg.kind == "files" and cfg.heldout_kind == "split" and sources.is_one_text(cfg):

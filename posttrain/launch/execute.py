@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import registry
-from posttrain.errors import PosttrainError, StageError
-from posttrain.launch.job import Job
+from posttrain.errors import PosttrainError, RecipeError, StageError
+from posttrain.launch.job import Job, clear_work
 from posttrain.pipeline.context import InputArtifact, StageContext
 from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.files import list_files, remove_tree
+from posttrain.pipeline.fingerprint import changed_external
 from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.stage import ArtifactMeta, Stage
 from posttrain.pipeline.store import Artifact, publish, seal, sealed
@@ -59,8 +60,10 @@ def execute_job(job: Job, work_dir: Path) -> Artifact:
     started = time.time()
     clear_leftovers(work_dir)
     try:
+        check_external(stage, config, job, work_dir)
         stage.check(config, {name: one.meta for name, one in context.inputs.items()})
         outputs = stage.run(context)
+        check_external(stage, config, job, work_dir)
     except PosttrainError as error:
         raise type(error)(problems=in_section(error.problems, stage, job.stage)) from error
     check_result(job.stage, context.result)
@@ -68,6 +71,23 @@ def execute_job(job: Job, work_dir: Path) -> Artifact:
     metas = {name: _measure(stage, job, name, outputs[name]) for name in stage.outputs}
     seal(work_dir, make_manifest(job, stage, context, metas, started))
     return publish(work_dir, Path(job.target))
+
+
+def check_external(stage: Stage, config: Any, job: Job, work_dir: Path) -> None:
+    """Hold what lies outside the recipe against the key, which was made before the stage read it.
+
+    Raises:
+        StageError: it is not what was planned. What the stage has made of it is removed, since a later attempt under
+            the same key would take it for its own.
+    """
+    try:
+        changed = changed_external(stage, config, job.document)
+    except RecipeError as error:
+        changed = [problem.what for problem in error.problems]
+    if changed:
+        clear_work(work_dir)
+        fix = "run again: posttrain run plans with what is there now"
+        raise StageError("an input changed while the run was going on", "; ".join(changed), fix)
 
 
 def clear_leftovers(work_dir: Path) -> None:

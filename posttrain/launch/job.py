@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import StageError
-from posttrain.pipeline.files import read_json, write_json
+from posttrain.pipeline.files import read_json, remove_tree, write_json
 
 JOB, LOCK, STOP, OUTCOME = "job.json", "lock", "STOP", "outcome.json"
 CLAIM = "runner"
@@ -62,6 +62,17 @@ class Job:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             what = f"{work_dir} holds no job that this version of posttrain can run: {error}"
             raise StageError(what, str(work_dir / JOB), "start the stage with posttrain run or resume") from error
+
+
+def clear_work(work_dir: Path) -> None:
+    """Remove what attempts have left in a work folder: all but its locks and the job itself."""
+    for path in work_dir.iterdir() if work_dir.exists() else []:
+        if path.name in (LOCK, CLAIM, JOB):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+        else:
+            path.unlink()
 
 
 def write_outcome(work_dir: Path, status: str, **fields: Any) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def _attempt(job: Job, work_dir: Path) -> tuple[dict[str, Any], int]:
         return {"status": "stopped", "step": stop.step}, EXIT_STOPPED
     except PosttrainError as error:
         traceback.print_exc()
-        return {"status": "failed", "message": str(error), "known": True}, EXIT_FAILED
+        advised = any(problem.fix for problem in error.problems)
+        return {"status": "failed", "message": str(error), "known": True, "advised": advised}, EXIT_FAILED
     except Exception as error:
         traceback.print_exc()
         unknown = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -29,8 +29,20 @@ class ModelSourceConfig(StageConfig):
     """Where a model comes from: a folder (`path`), a Python package, the Hugging Face hub, or random weights.
 
     A `path` wins over whatever the chosen option says: its `package`, `hub`, `random`, `architecture`, `label` and
-    `dtype` are then ignored, so that `model.path=./m` works on top of any option.
+    `dtype` are then ignored, so that `model.path=./m` works on top of any option. Typed beside it they are an error.
     """
+
+    ignored_with_path: ClassVar[tuple[str, ...]] = (
+        "label",
+        "hub",
+        "revision",
+        "package",
+        "random",
+        "seed",
+        "architecture",
+        "trust_remote_code",
+        "dtype",
+    )
 
     type: Literal["model_source"] = "model_source"
     label: str | None = Field(

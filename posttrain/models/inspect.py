@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,9 @@ from posttrain.pipeline.fingerprint import digest_by
 from posttrain.pipeline.stage import ArtifactMeta
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_OTHER_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "added_tokens.json",
-)
+TOKENIZER = "tokenizer.json"
+_OLDER_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
+"""Files in which older exports of the supported families keep their tokenizer."""
 _TOKENIZER_DIGEST = "tokenizer-1"
 """Changed when `_digest_tokenizer` would give another digest of the same file."""
 _STATE_OF_LAST_CALL = ("padding", "truncation")
@@ -44,18 +40,18 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: no folder, no readable config.json, or an architecture that is not supported.
     """
-    return normalise(_config(Path(folder)))
+    return _architecture(Path(folder))[1]
 
 
 def model_meta(folder: str | Path) -> ArtifactMeta:
     """Everything a plan may know of a model folder. `extra` holds `eos_token_id`, `dtype` and `weight_bytes`."""
     path = Path(folder)
-    config = _config(path)
+    config, architecture = _architecture(path)
     generation = _optional_json(path / "generation_config.json")
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return ArtifactMeta(
         type="model",
-        architecture=normalise(config),
+        architecture=architecture,
         tokenizer=tokenizer_digest(path),
         chat_template=chat_template_digest(path),
         extra={
@@ -67,19 +63,26 @@ def model_meta(folder: str | Path) -> ArtifactMeta:
 
 
 def tokenizer_digest(folder: str | Path) -> str | None:
-    """SHA-256 of what the tokenizer does, the same before and after transformers saved it again; None without one.
+    """SHA-256 of what `tokenizer.json` says, however a library version spells it; None without that file.
 
-    Padding and truncation are state of the last call, and spelling differs between library versions: both are left out.
+    An older tokenizer has no digest: what it does is known once it has been converted. Padding and truncation are state
+    of the last call and are left out.
     """
+    file = Path(folder) / TOKENIZER
+    # Megabytes of JSON, which every plan asks for.
+    return digest_by(file, _digest_tokenizer, _TOKENIZER_DIGEST) if file.is_file() else None
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether the folder has a tokenizer, in today's form or an older one."""
     path = Path(folder)
-    if (path / "tokenizer.json").is_file():
-        # Megabytes of JSON, which every plan asks for.
-        return digest_by(path / "tokenizer.json", _digest_tokenizer, _TOKENIZER_DIGEST)
-    files = [path / name for name in _OTHER_TOKENIZER_FILES if (path / name).is_file()]
-    if not files:
-        return None
-    content = {file.name: hashlib.sha256(_plain_bytes(file)).hexdigest() for file in files}
-    return _sha(_canonical(content))
+    return any(all((path / name).is_file() for name in names) for names in ((TOKENIZER,), *_OLDER_TOKENIZERS))
+
+
+def needs_sentencepiece(folder: str | Path) -> bool:
+    """Whether the tokenizer is a SentencePiece model alone, which is read with a package of that name."""
+    path = Path(folder)
+    return not (path / TOKENIZER).is_file() and not (path / "vocab.json").is_file()
 
 
 def chat_template_digest(folder: str | Path) -> str | None:
@@ -174,6 +177,16 @@ def _config(path: Path) -> dict[str, Any]:
     return _read_json(path / "config.json")
 
 
+def _architecture(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json as it is, and normalised."""
+    config = _config(path)
+    try:
+        return config, normalise(config)
+    except RecipeError as error:
+        where = str(path / "config.json")
+        raise RecipeError(problems=[replace(problem, where=where) for problem in error.problems]) from None
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -211,10 +224,6 @@ def _without_defaults(value: Any) -> Any:
             if key not in _LIBRARY_DEFAULTS or item != _LIBRARY_DEFAULTS[key]
         }
     return [_without_defaults(item) for item in value] if isinstance(value, list) else value
-
-
-def _plain_bytes(file: Path) -> bytes:
-    return _canonical(_read_json(file)).encode() if file.suffix == ".json" else file.read_bytes()
 
 
 def _canonical(content: Any) -> str:

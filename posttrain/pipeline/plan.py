@@ -141,8 +141,10 @@ def make_plan(
         outputs: folder instead of the recipe's `paths.outputs`.
 
     Raises:
-        RecipeError: all references, checks and selections that are wrong, at once.
+        RecipeError: all references, checks and selections that are wrong, at once; or a name that no run may have.
     """
+    if name is not None:
+        check_run_name(name)
     graph = Graph({stage_name: (registry.stage(cfg.type), cfg) for stage_name, cfg in resolved.stages.items()})
     selected = graph.select(from_, until, only)
     forced = set(force)
@@ -156,6 +158,19 @@ def make_plan(
     recipe_digest = digest_of_recipe(resolved, graph)
     run_name = name or resolved.frame.run.name or f"{resolved.recipe}-{recipe_digest[:8]}"
     return Plan(resolved, folder, run_name, recipe_digest, stages)
+
+
+def check_run_name(name: str) -> None:
+    """Raises RecipeError unless a run may have that name, by the rule for a recipe's `run.name`."""
+    from pydantic import ValidationError
+
+    from posttrain.config.schema import Run
+
+    try:
+        Run.model_validate({"name": name})
+    except ValidationError as error:
+        fix = "use letters, digits, '.', '_' and '-', with a letter or a digit first"
+        raise RecipeError(f"'{name}' cannot be the name of a run's folder", "--name", fix) from error
 
 
 def digest_of_recipe(resolved: ResolvedRecipe, graph: Graph) -> str:

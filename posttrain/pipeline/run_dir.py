@@ -52,6 +52,11 @@ class RunDir:
     def report_path(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def report_record_path(self) -> Path:
+        """What the report was made from, as a digest."""
+        return self.path / "report.json"
+
     def exists(self) -> bool:
         return self.record_path.exists()
 
@@ -110,6 +115,13 @@ class RunDir:
 def _attempt_number(path: Path) -> int:
     number = path.stem.removeprefix("attempt_")
     return int(number) if number.isdigit() else 0
+
+
+def require_outputs(outputs: Path) -> None:
+    """Raises RecipeError when there is no such outputs folder."""
+    if not outputs.is_dir():
+        fix = "give the folder with --outputs, or go to where the runs were started"
+        raise RecipeError(f"there is no outputs folder {outputs}", "--outputs", fix)
 
 
 def list_runs(outputs: Path) -> list[RunDir]:

@@ -121,6 +121,10 @@ class Stage:
         """What lies outside the recipe and decides the result (digest of a folder, Python version): enters the key."""
         return {}
 
+    def uses_seed(self, cfg: Any) -> bool:
+        """Whether the run's seed decides the result: if not, it does not enter the key."""
+        return True
+
     def describe(self, cfg: Any, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         """Predict the meta of every output from the config and the inputs' metas. Raises RecipeError."""
         raise NotImplementedError

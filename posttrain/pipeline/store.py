@@ -3,7 +3,7 @@
 `<root>/<stage type>/<key>/` holds a folder per output and `manifest.json`. Work goes on in `.work-<key>` beside it;
 finalising seals `.work-<key>/outputs` (hash, fsync, manifest) and renames it into place, so that a crash at any moment
 leaves either a work folder that can be resumed or a complete artifact. `.old-<key>` is an artifact that a forced rerun
-has set aside.
+has set aside; `.stale-<key>` is one whose inputs were replaced by such a rerun.
 """
 
 from __future__ import annotations
@@ -92,6 +92,20 @@ class Store:
             remove_tree(old)
         os.rename(self.folder(type_, key), old)
         sync_folder(old.parent)
+
+    def stale(self, type_: str, key: str) -> Path:
+        return self.root / type_ / f".stale-{key}"
+
+    def retire(self, type_: str, key: str) -> bool:
+        """Take away an artifact made from inputs that a rerun replaced; true when there was one. `clean` removes it."""
+        folder, stale = self.folder(type_, key), self.stale(type_, key)
+        if not folder.exists():
+            return False
+        if stale.exists():
+            remove_tree(stale)
+        os.rename(folder, stale)
+        sync_folder(stale.parent)
+        return True
 
     def restore(self, type_: str, key: str) -> bool:
         """Undo `set_aside` when no new artifact came; true when something was restored."""

@@ -81,6 +81,7 @@ def quality_and_cache(rows: Sequence[Row]) -> Panels:
         spread = max(values) > 12 * min(values)
         if spread:
             axis.set_yscale("log")
+            _plain_ticks(axis.yaxis)
         tops = []
         for index, row in enumerate(rows):
             low, high = row.values.get("perplexity_low"), row.values.get("perplexity_high")
@@ -250,18 +251,18 @@ def documents(rows: Sequence[Row]) -> Panels:
         axis.plot(ends, ends, color=GREY, linestyle="--", linewidth=1.2, label="equal to the source")
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=(min(values) * 0.9, max(values) * 1.1))
         axis.set(xlabel="perplexity of the source, log scale", ylabel="perplexity, log scale")
-        _plain_ticks(axis)
+        _plain_ticks(axis.xaxis, axis.yaxis)
         axis.set_title("Each point is one held-out document")
         axis.legend(loc="upper left", fontsize=9.5)
 
     return _draw([("documents", draw)])
 
 
-def _plain_ticks(axis: Any) -> None:
+def _plain_ticks(*sides: Any) -> None:
     """1, 2, 5, 10, … instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for side in (axis.xaxis, axis.yaxis):
+    for side in sides:
         side.set_major_locator(LogLocator(subs=(1, 2, 5)))
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         side.set_minor_formatter(NullFormatter())

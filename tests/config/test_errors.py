@@ -9,6 +9,8 @@ import pytest
 
 from posttrain.config import load_recipe
 from posttrain.config.explain import in_section
+from posttrain.config.suggest import among
+from posttrain.config.validate import SECTIONS
 from posttrain.errors import Problem, RecipeError
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.pipeline.plan import make_plan
@@ -68,6 +70,12 @@ def test_four_kinds_of_typos_are_told_together() -> None:
         ("~stages.evalute", "nothing to delete", "write ~stages.evaluate"),
         ("~stages.distill.lr=5", "is not 5", "write ~stages.distill.lr"),
         ("distill.max_steps=3", "no section `distill`", "write stages.distill.max_steps=3"),
+        ("distill=1", "no section `distill`", f"the sections are {among(SECTIONS)}"),
+        (
+            "~stages.upcycle",
+            "`~stages.upcycle` removed it",
+            "write stages.distill.inputs.student=model, or ~stages.distill",
+        ),
         ("stages.distil.max_steps=3", "no stage `distil`", "write stages.distill.max_steps=3"),
         ("stages.distill=null", "a section", "write ~stages.distill to delete it"),
         ("stages.distill.lr.x=3", "a number greater than 0", "write stages.distill.lr=8e-05"),
@@ -109,6 +117,34 @@ def test_one_mistake_one_remedy(typed: str, words: str, fix: str | None) -> None
     if fix is not None:
         assert fix in [problem.fix for problem in mine]
     assert not any("+" in problem.fix for problem in found), "Hydra's own hint teaches the wrong cure"
+
+
+def test_a_typed_setting_that_a_path_overrules_is_an_error(tmp_path: Path) -> None:
+    typed = ["data.heldout=committed", "data.samples.num_samples=5", "data.inputs.model=model", "model.label=x"]
+    paths = ["data.path=./my.jsonl", "model.path=./m", "model.dtype=null", "data.heldout_fraction=0.2"]
+    found = problems("x_ecomla", [*typed, *paths])
+    assert {problem.where for problem in found} == set(typed) and len(found) == len(typed)
+    assert found[0].fix == "remove it, or leave out data.path"
+    assert "`model.path` excludes it" in found[-1].what
+    load_recipe("x_ecomla", ["data=demo_text", "model=tiny", *paths])
+    load_recipe("x_ecomla", typed[:1])
+    scale = "scales: {mine: [model.label=y]}"
+    (tmp_path / "mine.yaml").write_text(f"defaults: [x_ecomla, _self_]\n{scale}\n")
+    load_recipe("./mine.yaml", ["scale=mine", "model.path=./m"], cwd=tmp_path)
+
+
+def test_files_need_no_model_that_writes() -> None:
+    assert load_recipe("x_ecomla", ["data=teacher_samples"]).stages["data"].inputs == {"model": "model"}
+    assert load_recipe("x_ecomla", ["data=teacher_samples", "data.path=./my.jsonl"]).stages["data"].inputs == {}
+
+
+def test_an_incomplete_architecture_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "part.yaml").write_text("hub: a/b\narchitecture:\n  model_type: llama\n  vocab_size: 300\n")
+    with pytest.raises(RecipeError) as caught:
+        make_plan(load_recipe("x_ecomla", ["model=part"], config_dir=tmp_path, cwd=tmp_path))
+    (problem,) = caught.value.problems
+    assert problem.where == "model/part.yaml:2" and "hidden_size" in problem.what
 
 
 def test_a_stage_may_have_any_name() -> None:

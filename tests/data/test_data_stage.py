@@ -248,3 +248,13 @@ def test_text_of_its_own_counts_before_messages(tmp_path) -> None:
     row = {"text": "rendered <s>hi</s>", "messages": [{"role": "user", "content": "hi"}]}
     train, heldout = run(DataSourceConfig(path=str(jsonl(tmp_path / "x.jsonl", [row, *texts(3)]))), tmp_path / "work")
     assert all("messages" not in found for found in train + heldout)
+
+
+def test_a_hub_revision_that_is_not_pinned_is_noted() -> None:
+    hub = OPTIONS["fineweb_edu"]["hub"]
+    notes = {}
+    for revision in (None, "v1", "a" * 40):
+        cfg = DataSourceConfig(builder="hub", hub={**hub, "revision": revision})
+        notes[revision] = " ".join(STAGE.estimate(cfg, {}).notes)
+    assert "revision main is not pinned: pin data.hub.revision=COMMIT" in notes[None]
+    assert "revision v1 is not pinned" in notes["v1"] and "pinned" not in notes["a" * 40]

@@ -54,11 +54,12 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
-    """Poll without pause: the moments we look for last milliseconds."""
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object], what: str, seconds: float | None = None) -> None:
+    """Wait for something that stays."""
+    end = time.monotonic() + (seconds or DEADLINE)
     while not condition():
-        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        assert time.monotonic() < end, f"waited too long for {what}"
+        time.sleep(0.01)
 
 
 def events(outputs: Path) -> list[dict]:
@@ -98,6 +99,12 @@ def deterministic_part(outputs: Path, stage: str) -> dict:
         "files": {name: output["files"] for name, output in manifest["outputs"].items()},
         "result": manifest["metrics"]["result"],
     }
+
+
+def inside_a_checkpoint_save(outputs: Path) -> bool:
+    """Whether a checkpoint folder exists that is not complete."""
+    folders = list(outputs.glob("store/distill/.work-*/checkpoints/checkpoint-*"))
+    return any(not (folder / "COMPLETE").exists() for folder in folders)
 
 
 def copy_store_without(base: Path, target: Path, *types: str) -> None:

@@ -13,6 +13,7 @@ from harness import (
     freeze_when,
     gone,
     has_event,
+    inside_a_checkpoint_save,
     kill,
     posttrain,
     start,
@@ -22,22 +23,16 @@ from harness import (
 )
 
 
-def _inside_a_checkpoint_save(outputs: Path) -> bool:
-    folders = list(outputs.glob("store/distill/.work-*/checkpoints/checkpoint-*"))
-    return any(not (folder / "COMPLETE").exists() for folder in folders)
-
-
 def _a_complete_checkpoint(outputs: Path) -> bool:
     return any(outputs.glob("store/distill/.work-*/checkpoints/checkpoint-*/COMPLETE"))
 
 
-INSIDE_A_SAVE = "inside a checkpoint save"
 MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
-    "at the start of training": ("distill", lambda outputs: has_event(outputs, "stage_started", "distill")),
+    "before training": ("distill", lambda outputs: has_event(outputs, "stage_started", "distill")),
     "after the first step": ("distill", lambda outputs: has_event(outputs, "metrics", "distill", step=1)),
-    INSIDE_A_SAVE: ("distill", _inside_a_checkpoint_save),
+    "inside a checkpoint save": ("distill", inside_a_checkpoint_save),
     "after a checkpoint": ("distill", _a_complete_checkpoint),
-    "in the last evaluation": ("evaluate", lambda outputs: has_event(outputs, "stage_started", "evaluate")),
+    "between two documents": ("evaluate", lambda outputs: has_event(outputs, "progress", "evaluate", done=1)),
 }
 
 
@@ -50,13 +45,9 @@ def test_killed_and_resumed_equals_undisturbed(moment: str, victim: str, undistu
     copy_store_without(undisturbed, outputs, stage)
 
     runner = start(*RUN, cwd=tmp_path)
-    if moment == INSIDE_A_SAVE:
-        wait_for(lambda: has_event(outputs, "stage_started", stage), "the start of training")
-        pid = worker_pid(outputs, stage)
-        freeze_when(pid, lambda: reached(outputs), moment)
-    else:
-        wait_for(lambda: reached(outputs), moment)
-        pid = worker_pid(outputs, stage)
+    wait_for(lambda: has_event(outputs, "stage_started", stage), "the worker")
+    pid = worker_pid(outputs, stage)
+    freeze_when(pid, lambda: reached(outputs), moment)
     kill(pid if victim == "worker" else runner.pid)
     thaw(pid)
     assert runner.wait(timeout=60) != 0

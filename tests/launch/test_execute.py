@@ -193,3 +193,30 @@ def test_the_seed_reaches_every_generator():
         return random.random(), numpy.random.rand(), torch.rand(1).item()
 
     assert draw() == draw()
+
+
+def test_an_input_that_changes_under_the_run_is_not_published(monkeypatch):
+    plan = make_plan(toy_recipe())
+    job, work_dir = job_of(plan, "data", {})
+    real = toy_stages.ToySource.run
+
+    def run(self, ctx):
+        folders = real(self, ctx)
+        Path("outside.txt").write_text("new")
+        (ctx.work_dir / "partial.jsonl").write_text("{}")
+        return folders
+
+    monkeypatch.setattr(toy_stages.ToySource, "run", run)
+    with pytest.raises(StageError, match="an input changed while the run was going on") as caught:
+        execute_job(job, work_dir)
+    assert "file added (new)" in caught.value.problems[0].where and "run again" in caught.value.problems[0].fix
+    assert not Path(job.target).exists()
+    assert [path.name for path in work_dir.iterdir()] == ["job.json"], "what came of the other content is gone"
+
+
+def test_an_input_that_changed_before_the_worker_came_is_noticed_at_once(monkeypatch):
+    job, work_dir = job_of(make_plan(toy_recipe()), "data", {})
+    Path("outside.txt").write_text("new")
+    monkeypatch.setattr(toy_stages.ToySource, "run", lambda self, ctx: pytest.fail("it ran"))
+    with pytest.raises(StageError, match="an input changed"):
+        execute_job(job, work_dir)

@@ -267,6 +267,124 @@ def test_a_name_in_use_by_other_settings_is_refused():
         run(frame={"run": {"name": "mine"}}, lr=1.0)
 
 
+def test_force_starts_from_nothing(monkeypatch):
+    plan = make_plan(toy_recipe())
+    run(selection={"until": "train"})
+    work_dir = plan.store.work_dir("toy_train", plan["train"].key)
+    work_dir.mkdir()
+    (work_dir / "partial.jsonl").write_text("{}")
+    (work_dir / "checkpoints").mkdir()
+    seen = []
+    real = local.LocalWorker.start.__func__
+
+    def start(cls, job, folder):
+        seen.extend(path.name for path in folder.iterdir())
+        return real(cls, job, folder)
+
+    monkeypatch.setattr(local.LocalWorker, "start", classmethod(start))
+    assert run(selection={"until": "train", "force": ["train"]}).exit_code == EXIT_DONE
+    assert seen == ["runner"]
+
+
+def started(result):
+    """The stages that the last execution of a run has started."""
+    events = result.run_dir.events()
+    first = max(index for index, event in enumerate(events) if event["event"] == "run_started")
+    return [event["stage"] for event in events[first:] if event["event"] == "stage_started"]
+
+
+def test_force_runs_what_comes_after_only_when_the_outputs_differ():
+    frame = {"run": {"name": "mine"}}
+    run(frame=frame)
+    display = Recorder()
+    assert started(run(display, frame=frame, selection={"force": ["train"]})) == ["train"] and not display.notes
+    other = {"frame": {"run": {"name": "other"}}, "noise": 1.0}
+    again = run(display, selection={"force": ["train"]}, **other)
+    assert again.exit_code == EXIT_DONE and started(again) == ["train", "evaluate"]
+    assert display.notes == ["evaluate: made from outputs of train that were replaced; it runs again"]
+    made = again.run_dir.artifact("evaluate").manifest["started"]
+    assert made > again.run_dir.artifact("train").manifest["started"]
+    assert started(run(**other)) == []
+
+
+def test_force_retires_what_is_left_out_and_clean_removes_it():
+    first = run()
+    display = Recorder()
+    other = {"frame": {"run": {"name": "other"}}, "noise": 1.0}
+    run(display, selection={"force": ["train"], "until": "train"}, **other)
+    assert display.notes == [
+        "evaluate: made from outputs of train that were replaced; left out now, the next run makes it again"
+    ]
+    assert first.run_dir.artifact("evaluate") is None
+    clean.command(True, Path("outputs"))
+    assert not list(Path("outputs/store").glob("*/.*"))
+    assert started(run(**other)) == ["evaluate"]
+
+
+def test_a_forced_rerun_that_was_killed_still_counts_when_it_is_continued():
+    run()
+    frame = {"run": {"name": "other"}}
+
+    def kill(event):
+        if event["event"] == "metrics" and event["step"] == 2:
+            cancel.request_stop(find_run("other", Path("outputs")), now=True)
+
+    settings = {"noise": 1.0, "pause": 0.2, "frame": frame}
+    assert run(Recorder(kill), selection={"force": ["train"]}, **settings).exit_code == EXIT_STOPPED
+    assert started(run(**settings)) == ["train", "evaluate"]
+
+
+def test_the_report_follows_what_another_run_has_made(reports):
+    a, b = {"frame": {"run": {"name": "a"}}}, {"frame": {"run": {"name": "b"}}}
+    run(selection={"until": "train"}, **a)
+    run(**b)
+    result = run(**a)
+    assert started(result) == [] and [folder.name for folder in reports] == ["a", "b", "a"]
+    run(**a)
+    assert len(reports) == 3, "nothing had changed"
+
+
+def test_a_fix_of_the_recipe_is_not_contradicted():
+    frame = {"run": {"name": "mine"}}
+    lines = run(fail="known", frame=frame).message.splitlines()
+    assert "  do: lower lr" in lines
+    assert lines[-1] == "  or, when the cause lies outside the recipe: posttrain resume mine"
+    lines = run(fail="unknown", frame={"run": {"name": "other"}}).message.splitlines()
+    assert lines[-1] == "  do: posttrain resume other, once the cause is gone"
+
+
+def test_clean_leaves_what_a_runner_has_claimed_meanwhile():
+    folder = Path("outputs/store/toy_train/.work-x")
+    folder.mkdir(parents=True)
+    found = clean.leftovers(Path("outputs"))
+    assert [one.folder for one in found] == [folder]
+    with Lock.acquire(folder / "runner"):
+        clean.remove(found)
+        assert folder.exists()
+    clean.remove(found)
+    assert not folder.exists()
+
+
+def test_a_missing_outputs_folder_is_an_error():
+    for command in (verify_command.command, clean.command):
+        with pytest.raises(RecipeError, match="no outputs folder elsewhere"):
+            command("all" if command is verify_command.command else False, Path("elsewhere"))
+
+
+def test_cancel_says_how_the_run_ended():
+    def stop(event):
+        if event["event"] == "metrics" and event["step"] == 2:
+            cancel.request_stop(find_run("mine", Path("outputs")))
+
+    frame = {"run": {"name": "mine"}}
+    stopped = run(Recorder(stop), steps=8, pause=0.2, frame=frame)
+    assert "posttrain resume mine" in cancel.how_it_ended(stopped.run_dir)
+    done = run(steps=8, pause=0.2, frame=frame)
+    assert cancel.how_it_ended(done.run_dir) == "run mine finished before it could be stopped"
+    failed = run(fail="known", frame={"run": {"name": "other"}})
+    assert "failed before" in cancel.how_it_ended(failed.run_dir)
+
+
 def test_find_run_by_beginning_and_nearest_name():
     for name in ("alpha", "alpine", "beta"):
         run(frame={"run": {"name": name}})

@@ -21,6 +21,7 @@ from posttrain.models.architecture import normalise
 from posttrain.models.inspect import (
     chat_template_digest,
     check_model_folder,
+    has_tokenizer,
     model_meta,
     read_architecture,
     tensor_names,
@@ -115,16 +116,23 @@ def test_merges_as_text_and_as_pairs(folder: Path) -> None:
     assert tokenizer_digest(folder) == pairs
 
 
-def test_tokenizers_without_tokenizer_json(tmp_path: Path) -> None:
-    assert tokenizer_digest(tmp_path) is None
+def test_an_older_tokenizer_is_there_but_has_no_digest(tmp_path: Path) -> None:
     assert chat_template_digest(tmp_path) is None
-    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
-    (tmp_path / "merges.txt").write_text("a b\n")
-    digest = tokenizer_digest(tmp_path)
-    (tmp_path / "vocab.json").write_text('{\n "b": 1,\n "a": 0}')
-    assert tokenizer_digest(tmp_path) == digest
-    (tmp_path / "merges.txt").write_text("b a\n")
-    assert tokenizer_digest(tmp_path) != digest
+    for names in (["vocab.json", "merges.txt"], ["tokenizer.model"]):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for name in names:
+            assert not has_tokenizer(folder)
+            (folder / name).write_text("{}")
+        assert has_tokenizer(folder) and tokenizer_digest(folder) is None
+
+
+def test_an_unsupported_folder_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    for look in (read_architecture, model_meta, check_model_folder):
+        with pytest.raises(RecipeError) as error:
+            look(folder)
+        assert error.value.problems[0].where == str(folder / "config.json")
 
 
 def test_a_chat_template_counts_wherever_it_is_kept(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from upcycled_models import make_latent, token_ids
 
 import posttrain
 from posttrain.errors import RecipeError, StageError
-from posttrain.models.inspect import tensor_names
+from posttrain.models.inspect import tensor_names, tokenizer_digest
 from posttrain.models.loading import load_model, load_tokenizer, save_model
 from posttrain.models.tiny import tiny_tokenizer
 
@@ -102,8 +102,8 @@ def test_remote_code_without_the_package(tmp_path: Path) -> None:
     for index, model in enumerate(models):
         save_model(model, tiny_tokenizer(), tmp_path / f"m{index}")
     code = (
-        "import importlib.util\n"
-        "assert importlib.util.find_spec('posttrain') is None\n"
+        "import sys\n"
+        "sys.modules['posttrain'] = None  # an import of the package fails, be it installed or not\n"
         "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
         "def load(path):\n"
         "    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype='auto')\n"
@@ -140,6 +140,16 @@ def test_round_trip_through_a_folder(dtype: torch.dtype | None, shard: str, tmp_
     assert load_tokenizer(tmp_path / "m")("ab").input_ids == [97, 98]
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert "lm_head.weight" not in tensor_names(tmp_path / "m"), "tied weights are written twice"
+
+
+def test_a_tokenizer_that_its_class_would_change_is_copied(tmp_path: Path) -> None:
+    save_model(make_source("qwen2"), tiny_tokenizer(), tmp_path / "a")
+    tokenizer = load_tokenizer(tmp_path / "a")
+    save_model(make_source("qwen2"), tokenizer, tmp_path / "b", tokenizer_from=tmp_path / "a")
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+    assert load_tokenizer(tmp_path / "b").eos_token == tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "c")
+    assert tokenizer_digest(tmp_path / "c") != tokenizer_digest(tmp_path / "a"), "the copy would not be needed"
 
 
 def test_saving_over_an_older_model_leaves_none_of_it(tmp_path: Path) -> None:

@@ -115,6 +115,62 @@ def test_measured_meta_is_of_the_files(tmp_path) -> None:
     assert measured.extra["label"] == "tiny random model" and measured.extra["eos_token_id"] == 257
 
 
+def old_export(model: Path) -> Path:
+    """The folder as older releases of transformers wrote it: vocab.json and merges.txt in place of tokenizer.json."""
+    content = json.loads((model / "tokenizer.json").read_text())
+    (model / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    (model / "merges.txt").write_text("#version: 0.2\n")
+    (model / "tokenizer.json").unlink()
+    return model
+
+
+def test_older_tokenizer_is_converted_and_its_digest_measured(tmp_path) -> None:
+    folder = tmp_path / "old"
+    write_random_model(folder, {**TINY["architecture"], "model_type": "qwen2"}, 0)
+    before = STAGE.external(ModelSourceConfig(path=str(folder)))
+    assert "tokenizer" not in before
+    cfg = ModelSourceConfig(path=str(old_export(folder)))
+    STAGE.check(cfg, {})
+    assert "tokenizer" in STAGE.external(cfg)
+    predicted = STAGE.describe(cfg, {})["model"]
+    out = run(cfg, tmp_path / "work")
+    assert predicted.tokenizer is None
+    assert (out / "tokenizer.json").is_file() and not (folder / "tokenizer.json").exists()
+    assert STAGE.measure("model", out, predicted).tokenizer
+    assert [path.name for path in out.parent.iterdir()] == ["model"], "scratch files stay behind"
+
+
+def test_converting_a_tokenizer_leaves_the_hub_cache_alone(tmp_path, monkeypatch) -> None:
+    snapshot = old_export(hub_snapshot(tmp_path, "me/small", monkeypatch))
+    (snapshot / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}')
+    before = {path.name: path.read_bytes() for path in snapshot.iterdir()}
+    monkeypatch.setattr(hub, "fetch", lambda *_, **__: snapshot)
+    out = run(ModelSourceConfig(hub="me/small"), tmp_path / "work")
+    assert (out / "tokenizer.json").is_file()
+    assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == before
+
+
+def test_a_folder_whose_tokenizer_is_missing_or_cannot_be_read_stops_the_plan(model, monkeypatch) -> None:
+    (model / "tokenizer.json").unlink()
+    cfg = ModelSourceConfig(path=str(model))
+    with pytest.raises(RecipeError, match="no tokenizer") as error:
+        STAGE.check(cfg, {})
+    (problem,) = error.value.problems
+    assert str(model) in problem.what and "tokenizer.json" in problem.fix
+    (model / "tokenizer.model").write_bytes(b"sentencepiece")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="takes the package sentencepiece"):
+        STAGE.check(cfg, {})
+
+
+def test_a_tokenizer_that_cannot_be_converted_names_the_folder_it_came_from(model, tmp_path) -> None:
+    old_export(model)
+    (model / "vocab.json").write_text("{")
+    with pytest.raises(StageError, match="no tokenizer can be loaded") as error:
+        run(ModelSourceConfig(path=str(model)), tmp_path / "work")
+    assert error.value.problems[0].where == str(model)
+
+
 def bad_folder(kind: str, model: Path) -> Path:
     if kind == "missing":
         return model / "nowhere"
@@ -172,7 +228,9 @@ def test_hub_model_without_a_shape_uses_the_local_hub_cache(tmp_path, monkeypatc
     hub_snapshot(tmp_path, "me/small", monkeypatch)
     STAGE.check(cfg, {})
     assert STAGE.describe(cfg, {})["model"].architecture["hidden_size"] == 64
-    assert STAGE.estimate(cfg, {}).notes == ()
+    (note,) = STAGE.estimate(cfg, {}).notes
+    assert "revision main is not pinned" in note and "model.revision=COMMIT" in note
+    assert STAGE.estimate(ModelSourceConfig(hub="me/small", revision="a" * 40), {}).notes == ()
 
 
 def test_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch) -> None:

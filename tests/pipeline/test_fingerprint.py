@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_stages import ToySource, ToySourceConfig, ToyTrain, ToyTrainConfig
 
+from posttrain.config import registry
 from posttrain.errors import RecipeError
 from posttrain.pipeline import fingerprint
 from posttrain.pipeline.fingerprint import (
@@ -158,3 +159,18 @@ def test_missing_and_empty_paths_are_errors(tmp_path):
     for path in ("nowhere", "empty"):
         with pytest.raises(RecipeError):
             digest_path(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("type_", "settings", "counts"),
+    [
+        ("model_source", {"architecture": {"model_type": "llama"}, "random": True}, False),
+        ("data_source", {"builder": "tiny"}, False),
+        ("data_source", {"builder": "python_text"}, False),
+        ("data_source", {"builder": "teacher_samples"}, True),
+    ],
+)
+def test_the_seed_is_in_the_key_of_a_source_that_draws_from_it(type_, settings, counts):
+    stage = registry.stage(type_)
+    cfg = stage.Config.model_validate({"type": type_, **settings})
+    assert ("seed" in key_document(stage, cfg, 0, {})) == counts

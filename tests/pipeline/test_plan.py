@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import toy_stages
@@ -193,3 +194,25 @@ def test_a_new_stage_version_is_a_reason(monkeypatch):
     remember(make_plan(toy_recipe()))
     monkeypatch.setattr(toy_stages.ToyTrain, "version", "2")
     assert reasons(make_plan(toy_recipe()))["train"] == "stage code version 1 → 2"
+
+
+@pytest.mark.parametrize("name", ["../../x", "", ".hidden", "a/b", "a b"])
+def test_a_runs_name_is_a_plain_folder_name(name):
+    with pytest.raises(RecipeError, match="cannot be the name"):
+        make_plan(toy_recipe(), name=name)
+    assert make_plan(toy_recipe(), name="mine-2.1").run_name == "mine-2.1"
+
+
+def test_the_seed_counts_only_where_it_is_used(monkeypatch):
+    monkeypatch.setattr(toy_stages.ToySource, "uses_seed", lambda self, cfg: False)
+    first = make_plan(toy_recipe())
+    remember(first)
+    second = make_plan(toy_recipe(frame={"seed": 3}))
+    assert first["data"].key == second["data"].key and first["train"].key != second["train"].key
+    assert reasons(second)["train"] == "seed 0 → 3"
+
+
+def test_guard_refuses_a_folder_that_takes_no_files():
+    with pytest.raises(RecipeError, match="results cannot be written to /proc/x: /proc takes no files") as caught:
+        guard(make_plan(toy_recipe(), outputs=Path("/proc/x")))
+    assert "paths.outputs=FOLDER" in caught.value.problems[0].fix

@@ -127,7 +127,8 @@ class Distill(Stage):
         history = trainer.fit()
         shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
         folders = {name: ctx.output_dir(name) for name in self.outputs}
-        save_model(student.eval(), tokenizer, folders["model"], dtype=save_dtype)
+        source = ctx.inputs["student"].path
+        save_model(student.eval(), tokenizer, folders["model"], dtype=save_dtype, tokenizer_from=source)
         _write_history(folders["history"], history)
         _record(ctx, trainer, history, len(blocks), time.monotonic() - began)
         return folders

@@ -100,7 +100,7 @@ class MlaUpcycle(Stage):
         target, conversion = ctx.output_dir("model"), ctx.output_dir("conversion")
         for folder in (target, conversion):
             clear(folder)
-        save_model(converted, tokenizer, target, dtype=_stored_dtype(ctx))
+        save_model(converted, tokenizer, target, dtype=_stored_dtype(ctx), tokenizer_from=source)
         plan.save(conversion)
         _record(ctx, plan.report())
         return {"model": target, "conversion": conversion}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from posttrain.errors import StageError
@@ -50,6 +51,11 @@ def cached(name: str, revision: str) -> Path | None:
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     snapshot = repository / "snapshots" / commit
     return snapshot if (snapshot / "config.json").exists() else None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a whole commit hash, which always means the same files."""
+    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
 
 
 def _offline_hint() -> str:

@@ -66,6 +66,13 @@ def test_saved_model_is_the_students_folder(undisturbed, context, world):
     assert json.loads((folder / "config.json").read_text()).get("use_cache", True)
 
 
+def test_the_tokenizer_of_a_qwen2_student_is_not_rewritten(context, world):
+    from posttrain.models.inspect import tokenizer_digest
+
+    folder = STAGE.run(context(max_steps=1, student=world / "teacher"))["model"]
+    assert tokenizer_digest(folder) == tokenizer_digest(world / "teacher")
+
+
 def test_stop_at_every_step_changes_nothing(undisturbed, context, monkeypatch):
     """Each attempt is stopped after one step; the last finds all steps done."""
     stops, result = [], None

@@ -78,6 +78,12 @@ def test_the_prediction_is_what_comes_out(tmp_path: Path) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_the_tokenizer_of_a_qwen2_source_is_not_rewritten(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "source", {**TINY, "model_type": "qwen2"}, seed=0)
+    ctx = context(tmp_path, config())
+    assert model_meta(STAGE.run(ctx)["model"]).tokenizer == ctx.inputs["model"].meta.tokenizer
+
+
 def test_conversion_artifact_and_result(tmp_path: Path) -> None:
     ctx = context(tmp_path, config())
     folders = STAGE.run(ctx)
