@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from posttrain import __version__
-from posttrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, PosttrainError
+from posttrain.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, PosttrainError, RecipeError
 
 # The first pydantic model looks through every installed distribution for plugins, a tenth of a light command's time.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -32,6 +33,9 @@ COMMANDS = {
 HIDDEN = {"worker": "worker"}
 # typer brings its own copy of click from 0.24 on and uses the real one before; this is the class of either.
 UsageError = typer.BadParameter.__bases__[0]
+
+UNUSABLE_PLACE = {errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG}
+"""What a badly chosen folder fails with; any other OSError is a fault of ours and keeps its traceback."""
 
 app = typer.Typer(
     name="posttrain",
@@ -91,6 +95,11 @@ def main() -> None:
         # The reader of our output went away (`posttrain logs | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in UNUSABLE_PLACE:
+            raise
+        what = f"{error.filename} cannot be used: {error.strerror}"
+        sys.exit(_report(RecipeError(what, fix="choose another place: paths.outputs=FOLDER")))
     finally:
         # Python looks through all objects for cycles once more when it ends, a fifth of a light command's time.
         gc.freeze()

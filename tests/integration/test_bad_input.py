@@ -145,3 +145,9 @@ def test_a_manifest_edited_by_hand(undisturbed: Path, tmp_path: Path) -> None:
     assert "manifest.json" in message and "edited" in message
     verified = posttrain("verify", "all", cwd=tmp_path, check=False)
     assert verified.returncode == 1 and path.parent.name in verified.stdout and "SHA-256" in verified.stdout
+
+
+def test_an_outputs_folder_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refused("run", "x_ecomla", "scale=smoke", "paths.outputs=file/outputs", cwd=tmp_path)
+    assert "file" in message and "paths.outputs" in message
