@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,11 @@ def test_demo_text_holds_out_the_committed_text(tmp_path, monkeypatch) -> None:
 
 def test_demo_text_is_planned_at_its_limit() -> None:
     cfg = DataSourceConfig(**OPTIONS["demo_text"])
-    assert STAGE.describe(cfg, {})["train"].tokens == cfg.python.max_bytes // 4
-    assert STAGE.estimate(cfg, {}).notes == ()
+    limit = cfg.python.max_bytes // 4
+    # Other versions of the packages may hold less than the limit allows.
+    assert limit // 2 < STAGE.describe(cfg, {})["train"].tokens <= limit
+    missing = [name for name in cfg.python.packages if find_spec(name.partition(".")[0]) is None]
+    assert bool(STAGE.estimate(cfg, {}).notes) == bool(missing)
     alone = DataSourceConfig(**{**OPTIONS["demo_text"], "python": {"packages": ["no_such_package"]}})
     assert STAGE.describe(alone, {})["train"].tokens < cfg.python.max_bytes // 8
     assert "no_such_package" in STAGE.estimate(alone, {}).notes[0]

@@ -219,7 +219,8 @@ def test_looking_imports_no_torch(folder: Path) -> None:
 def _environment() -> dict[str, str]:
     import os
 
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def test_unaligned_torch_types_are_measured_too(tmp_path: Path) -> None:
