@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-gpu bench lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,12 @@ demo: $(STAMP) ## Upcycle SmolLM2-135M to MLA, distil it and write the report (a
 
 test: $(STAMP) ## Run the tests (under ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA device (without one they are skipped)
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP) ## Check and time the kernels beside their peers (without a GPU: a smoke run on the CPU, nothing stored)
+	$(BIN)/python kernels/benchmarks/run.py
 
 lint: $(STAMP) ## Check style and imports
 	$(BIN)/ruff check .

@@ -1,0 +1,96 @@
+"""Draw the benchmark CSVs: `python kernels/benchmarks/plot.py [--results DIR] [--out DIR]`.
+
+One `bench_<operator>.png` an operator, bars of the newest run of each size and GPU. Wrong results are drawn hatched and
+named so; what did not run is named without a bar; the dashed line is the physical limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.results import newest, read_rows
+
+Row = dict[str, str]
+OURS_COLOUR, PEER_COLOUR, WRONG_COLOUR = "#0072b2", "#999999", "#d55e00"
+OURS = "posttrain"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw every operator of a results folder; 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "results")
+    args = parser.parse_args(argv)
+    for path in sorted(args.results.glob("*.csv")):
+        if path.stem != "ceilings":
+            print(draw(newest(read_rows(path)), args.out / f"bench_{path.stem}.png"))
+    return 0
+
+
+def draw(rows: Sequence[Row], path: Path) -> Path:
+    """One panel a case (size, dtype, direction, GPU), times left to right; returns the written file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = [(key, list(group)) for key, group in groupby(sorted(rows, key=_case), key=_case)]
+    heights = [1.0 + 0.32 * len(group) for _, group in cases]
+    figure, axes = plt.subplots(
+        len(cases), 1, figsize=(8, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axis, (key, group) in zip(axes[:, 0], cases, strict=True):
+        _panel(axis, group)
+        axis.set_title("  ".join(key), fontsize=9, loc="left")
+    axes[-1, 0].set_xlabel("median time, ms (label: ms and peak MiB above the inputs)", fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _case(row: Row) -> tuple[str, ...]:
+    return tuple(row[column] for column in ("operator", "shape", "dtype", "direction", "gpu"))
+
+
+def _panel(axis: Any, rows: Sequence[Row]) -> None:
+    """Bars from the top in order of time, those that did not run last."""
+    rows = sorted(rows, key=lambda row: _number(row["median_ms"], float("inf")))
+    times = [_number(row["median_ms"], 0.0) for row in rows]
+    for place, (row, time) in enumerate(zip(rows, times, strict=True)):
+        wrong = row["correct"] != "true"
+        colour = WRONG_COLOUR if wrong else OURS_COLOUR if row["implementation"] == OURS else PEER_COLOUR
+        axis.barh(place, time, color=colour, hatch="///" if wrong else None, edgecolor="white")
+        axis.text(time, place, " " + _label(row), va="center", fontsize=7)
+    axis.set_yticks(range(len(rows)), [row["implementation"] for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.35 * max(times, default=0.0) or 1.0)
+    limits = [_number(row["limit_ms"], 0.0) for row in rows if row["limit_ms"]]
+    if limits:
+        axis.axvline(min(limits), color="black", linestyle="--", linewidth=0.8)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _label(row: Row) -> str:
+    if not row["median_ms"]:
+        return "did not run"
+    memory = f", {_number(row['peak_mib'], 0.0):.0f} MiB" if row["peak_mib"] else ""
+    return f"{_number(row['median_ms'], 0.0):.3g} ms{memory}" + ("" if row["correct"] == "true" else ", WRONG")
+
+
+def _number(text: str, default: float) -> float:
+    return float(text) if text else default
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Which code an operator runs: Triton on CUDA tensors, torch elsewhere, and Triton's interpreter when a test asks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+from torch import Tensor
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether these tensors go to the Triton kernels; None (an option not given) is passed over.
+
+    True when all are on CUDA devices and triton is installed, or when triton's interpreter is on (`TRITON_INTERPRET=1`
+    in the environment before triton is imported), which runs kernels on CPU tensors for the tests.
+    """
+    if not triton_available():
+        return False
+    return interpreted() or all(tensor.is_cuda for tensor in tensors if tensor is not None)
+
+
+def interpreted() -> bool:
+    """Whether triton's CPU interpreter is on. Its bf16 `tl.dot` is wrong: operators are tested in fp32 there."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def triton_available() -> bool:
+    """Whether triton is installed. It is looked up, not imported: a CPU process need not pay for the import."""
+    return importlib.util.find_spec("triton") is not None
