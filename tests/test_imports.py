@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "launch": {"pipeline", "config", "models"},
     "pipeline": {"config", "launch", "report"},
     "config": {"pipeline"},
-    "methods": {"training", "models", "data", "pipeline"},
+    "methods": {"training", "generation", "models", "data", "pipeline"},
+    "generation": {"models", "pipeline"},
     "training": {"models", "data", "pipeline"},
     "data": {"models", "pipeline"},
     "models": {"pipeline"},
@@ -75,6 +76,7 @@ def test_planning_modules_import_nothing_heavy_at_the_top() -> None:
     light += (PACKAGE / "methods").glob("*/stage.py")
     light += [PACKAGE / "models" / name for name in ("architecture.py", "inspect.py", "stage.py", "config.py")]
     light += [PACKAGE / "data" / name for name in ("stage.py", "config.py")]
+    light += [PACKAGE / "generation" / name for name in ("__init__.py", "settings.py")]
     for path in light:
         heavy = HEAVY & {name.split(".")[0] for name in _imports(path, top_level_only=True)}
         assert not heavy, f"{path.relative_to(ROOT)} imports {heavy} at module level"
@@ -82,7 +84,14 @@ def test_planning_modules_import_nothing_heavy_at_the_top() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["list"], ["show", "x_ecomla"], ["show", "distill"], ["plan", "x_ecomla", "--json"]],
+    [
+        ["--help"],
+        ["chat", "--help"],
+        ["list"],
+        ["show", "x_ecomla"],
+        ["show", "distill"],
+        ["plan", "x_ecomla", "--json"],
+    ],
     ids=" ".join,
 )
 def test_a_command_never_imports_torch(arguments: list[str], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "resume": "resume",
     "cancel": "cancel",
     "report": "report",
+    "chat": "chat",
     "list": "list_",
     "show": "show",
     "verify": "verify",

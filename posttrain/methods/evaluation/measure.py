@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from posttrain.generation import DecodeEngine, Sampling, unsupported
+
 CACHE_LENGTHS = (16, 48)
 """The two prompt lengths whose cache sizes are compared."""
 
@@ -79,19 +81,24 @@ def throughput(
 ) -> dict[str, dict[str, float]]:
     """Tokens per second of each model, summed over the batch: medians over `repeats` after one warm-up.
 
-    The models take turns, so that a machine that slows down slows all of them. `boundary` is called between any two
-    measurements. On CUDA `inference_peak_bytes` is added: the model's weights plus the most that a prefill and its
-    decoding held beyond what was allocated before.
+    Measured is the decoder that users get (`posttrain.generation`); a model that it does not support is measured with
+    its own forward and a growing cache. The models take turns, so that a machine that slows down slows all of them.
+    `boundary` is called between any two measurements. On CUDA `inference_peak_bytes` is added: weights, cache and the
+    most that a prefill and its decoding held besides.
     """
+    shape = (batch_size, prefill_tokens, decode_tokens)
+    runs: dict[str, _ByDecoder | _ByModel] = {}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
     for repeat in range(repeats + 1):
         for name, model in models.items():
             boundary()
-            prefill, decode, peak = _prefill_and_decode(model, batch_size, prefill_tokens, decode_tokens)
+            if name not in runs:
+                runs[name] = _ByModel(model, *shape) if unsupported(model) else _ByDecoder(model, *shape)
+            prefill, decode, peak = runs[name]()
+            peaks[name] = max(peaks[name], peak)
             if repeat:
                 seconds[name].append((prefill, decode))
-                peaks[name] = max(peaks[name], peak)
     figures = {}
     for name, timed in seconds.items():
         prefill, decode = (statistics.median(column) for column in zip(*timed, strict=True))
@@ -104,29 +111,64 @@ def throughput(
     return figures
 
 
-@torch.inference_mode()
-def _prefill_and_decode(model: Any, batch: int, prefill_tokens: int, decode_tokens: int) -> tuple[float, float, int]:
-    """Seconds of the prefill, seconds of the decoding, and peak bytes (0 on a CPU)."""
-    device = model.get_input_embeddings().weight.device
-    cuda = device.type == "cuda"
-    ids = torch.randint(
-        model.config.vocab_size, (batch, prefill_tokens), generator=torch.Generator().manual_seed(0)
-    ).to(device)
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) if cuda else 0
+class _ByDecoder:
+    """Prefill and decoding by `DecodeEngine`, which is made once: on a GPU its steps are captured in the warm-up."""
 
-    started = _now(device)
-    output = model(input_ids=ids, use_cache=True, **options)
-    prefilled = _now(device)
-    for _ in range(decode_tokens):
-        token = output.logits[:, -1].argmax(-1, keepdim=True)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **options)
-    decoded = _now(device)
+    def __init__(self, model: Any, batch: int, prefill_tokens: int, decode_tokens: int) -> None:
+        self.device = model.device
+        self.prompts = _random_ids(model, batch, prefill_tokens).tolist()
+        # The first new token comes from the prompt, so that one more is written than decoded.
+        self.sampling = Sampling(max_new_tokens=decode_tokens + 1)
+        self.engine = DecodeEngine(model, batch, prefill_tokens + decode_tokens + 1, dtype=model.dtype, share=True)
 
-    peak = torch.cuda.max_memory_allocated(device) - before + _weight_bytes(model) if cuda else 0
-    return prefilled - started, decoded - prefilled, peak
+    def __call__(self) -> tuple[float, float, int]:
+        """Seconds of the prefill, seconds of the decoding, and peak bytes (0 on a CPU)."""
+        before = _allocated_before(self.device)
+        answers = self.engine.generate(self.prompts, self.sampling)
+        peak = _allocated_beyond(self.device, before, self.engine.bytes())
+        return answers.prefill_seconds, answers.seconds - answers.prefill_seconds, peak
+
+
+class _ByModel:
+    """Prefill and decoding by the model's own forward, token by token."""
+
+    def __init__(self, model: Any, batch: int, prefill_tokens: int, decode_tokens: int) -> None:
+        self.model, self.decode_tokens = model, decode_tokens
+        self.device = model.get_input_embeddings().weight.device
+        self.ids = _random_ids(model, batch, prefill_tokens).to(self.device)
+        keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.options = {"logits_to_keep": 1} if keeps_last else {}
+
+    @torch.inference_mode()
+    def __call__(self) -> tuple[float, float, int]:
+        """As `_ByDecoder`."""
+        before = _allocated_before(self.device)
+        started = _now(self.device)
+        output = self.model(input_ids=self.ids, use_cache=True, **self.options)
+        prefilled = _now(self.device)
+        for _ in range(self.decode_tokens):
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            output = self.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **self.options)
+        decoded = _now(self.device)
+        peak = _allocated_beyond(self.device, before, _weight_bytes(self.model))
+        return prefilled - started, decoded - prefilled, peak
+
+
+def _random_ids(model: Any, batch: int, tokens: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _allocated_before(device: torch.device) -> int:
+    """Bytes allocated now; the peak is counted from here."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _allocated_beyond(device: torch.device, before: int, standing: int) -> int:
+    """`standing` bytes and the most that was allocated beyond `before`; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) - before + standing if device.type == "cuda" else 0
 
 
 def _now(device: torch.device) -> float:

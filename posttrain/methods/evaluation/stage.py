@@ -20,7 +20,7 @@ class Evaluate(Stage):
     """Perplexity, KL and top-1 agreement with the baseline, cache bytes, speed and samples of a model."""
 
     type: ClassVar[str] = "evaluate"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Config: ClassVar[type[StageConfig]] = EvaluateConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="The model to measure."),
@@ -72,12 +72,19 @@ def position_limit(architectures: Iterable[Mapping[str, Any]]) -> float:
 
 def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: int) -> dict[str, int]:
     """Peak bytes by term; the cache is that of the speed run."""
-    from posttrain.models.architecture import cache_bytes_per_token, parameter_count
+    from posttrain.models.architecture import cache_bytes_per_token, layer_parameters, parameter_count
 
     size = ELEMENT_SIZE[cfg.precision]
     memory = {"weights": parameter_count(architectures[0]) * size}
     if len(architectures) > 1:
         memory["baseline weights"] = parameter_count(architectures[1]) * size
+    if cfg.repeats or cfg.prompts:
+        # The decoder packs the projections of a layer's input and shares the rest; at most all but the down projection.
+        memory["decoder"] = size * sum(
+            layer_parameters(arch, layer) - arch["hidden_size"] * arch["intermediate_size"]
+            for arch in architectures
+            for layer in range(arch["num_hidden_layers"])
+        )
     arch = architectures[0]
     rows = max(window, cfg.batch_size * cfg.prefill_tokens)
     # A layer at once: the residual stream, its norm, and the three MLP intermediates.

@@ -106,6 +106,26 @@ def test_an_answer_is_the_argmax_continuation_of_the_chat_prompt() -> None:
     assert greedy_answers(model, tokenizer, ["Hello", "Another prompt, longer"], 5)[0] == expected
 
 
+def test_a_model_the_decoder_does_not_know_is_answered_and_measured_by_transformers(caplog) -> None:
+    model, tokenizer = make_source(hidden_act="gelu"), tiny_tokenizer()
+    with caplog.at_level("WARNING"):
+        answers = greedy_answers(model, tokenizer, ["Hello", "Another prompt, longer"], 5)
+    assert caplog.text.count("transformers' generate") == 1 and "gelu" in caplog.text
+    ids = tokenizer(render_prompt(tokenizer, "Hello")[0], add_special_tokens=False)["input_ids"]
+    output = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
+    assert answers[0] == tokenizer.decode(output, skip_special_tokens=True).strip()
+    settings = {"prefill_tokens": 6, "decode_tokens": 2, "batch_size": 2, "repeats": 1}
+    assert all(value > 0 for value in throughput({"a": model}, **settings)["a"].values())
+
+
+def test_the_decoder_and_transformers_give_the_same_answers(monkeypatch) -> None:
+    model, tokenizer = make_source(seed=2), tiny_tokenizer()
+    prompts = ["Hello", "A much longer prompt than the first", "?"]
+    by_decoder = greedy_answers(model, tokenizer, prompts, 12)
+    monkeypatch.setattr("posttrain.methods.evaluation.samples.unsupported", lambda model: "tests")
+    assert greedy_answers(model, tokenizer, prompts, 12) == by_decoder
+
+
 def test_without_a_template_the_prompt_is_continued_as_text() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
