@@ -102,8 +102,10 @@ def main() -> None:
         what = f"{error.filename} cannot be used: {error.strerror}"
         sys.exit(_report(RecipeError(what, fix="choose another place: paths.outputs=FOLDER")))
     finally:
-        # Python looks through all objects for cycles once more when it ends, a fifth of a light command's time.
-        gc.freeze()
+        if asked not in HIDDEN:
+            # Python looks through all objects for cycles once more when it ends, a fifth of a light command's time.
+            # A worker has libraries whose own accounts at exit need that look, or they report leaks.
+            gc.freeze()
     sys.exit(code if isinstance(code, int) else 0)
 
 

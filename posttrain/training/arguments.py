@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
 from posttrain.pipeline.context import StageContext
+from posttrain.training.config import TrainingConfig
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-@dataclass(frozen=True)
-class Optimisation:
-    """Optimiser settings that every training stage has, under the names of the stage configs."""
-
-    lr: float
-    lr_scheduler: str = "cosine"
-    warmup_ratio: float = 0.0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-
-    @classmethod
-    def of(cls, config: Any) -> Optimisation:
-        """Take the fields from a stage's config."""
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
-
-
 def training_arguments(
-    ctx: StageContext, optimisation: Optimisation, max_steps: int, micro_batch: int, accumulation: int, **changes: Any
+    ctx: StageContext, config: TrainingConfig, micro_batch: int, accumulation: int, *, workers: int = 0, **changes: Any
 ) -> TrainingArguments:
     """Arguments for `StageTrainer`: what is saved, logged and reported is the stage's business, not transformers'.
 
@@ -43,6 +24,8 @@ def training_arguments(
 
     Args:
         micro_batch: sequences of one forward pass; `accumulation`: forward passes of one optimiser step.
+        workers: processes that make batches. Token blocks in memory need none: a batch is a copy of a few rows, and
+            accelerate's loader already fetches one ahead. A dataset that tokenizes or packs on the way does.
         changes: further `TrainingArguments` fields.
     """
     cpu = ctx.device == "cpu"
@@ -50,28 +33,34 @@ def training_arguments(
         output_dir=str(ctx.checkpoint_dir),
         seed=ctx.seed,
         use_cpu=cpu,
-        max_steps=max_steps,
+        max_steps=config.max_steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
-        optim="adamw_torch" if cpu else "adamw_torch_fused",
-        learning_rate=optimisation.lr,
-        lr_scheduler_type=SCHEDULERS[optimisation.lr_scheduler],
-        warmup_steps=math.ceil(optimisation.warmup_ratio * max_steps),
-        weight_decay=optimisation.weight_decay,
-        adam_beta1=optimisation.adam_beta1,
-        adam_beta2=optimisation.adam_beta2,
-        adam_epsilon=optimisation.adam_epsilon,
-        max_grad_norm=optimisation.max_grad_norm,
+        # Fused on a CPU too: 0.08 s instead of 0.52 s a step for 135M parameters on one thread. `StageTrainer` relies
+        # on its `found_inf`, which leaves the weights alone without asking the device.
+        optim="adamw_torch_fused",
+        learning_rate=config.lr,
+        lr_scheduler_type=SCHEDULERS[config.lr_scheduler],
+        warmup_steps=math.ceil(config.warmup_ratio * config.max_steps),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
         save_strategy="no",
         eval_strategy="no",
         logging_steps=1,
-        # A NaN must be seen, not replaced by the average of the steps before.
+        # A NaN must be seen, not replaced by the average of the steps before; and the filter asks the device.
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to=_report_to(ctx),
         run_name=ctx.name,
         remove_unused_columns=False,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=not cpu,
+        # From pinned memory the copy of the next batch runs beside the step that is being computed.
+        accelerator_config={"non_blocking": not cpu},
         **changes,
     )
     if ctx.world_size == 1:

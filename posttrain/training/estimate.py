@@ -6,7 +6,8 @@ Legend: D hidden_size, I intermediate_size, V vocab_size, L layers, H query head
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from posttrain.models.architecture import (
     cache_bytes_per_token,
@@ -18,6 +19,18 @@ from posttrain.models.architecture import (
 
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2}
 ADAM_MOMENTS = 2
+
+Kept = Literal["eager", "compiled", "lean"]
+"""What a layer keeps for its backward pass: all that autograd saves; what torch's compiler saves; the same without what
+pointwise operations can make again from it (normalised inputs, the gated product, bf16 copies of weights)."""
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """What every layer keeps, and how many of the first layers keep only their input and compute the rest again."""
+
+    kept: Kept = "eager"
+    recomputed: int = 0
 
 
 def trainable_parameters(arch: Mapping[str, Any], trainable: str) -> int:
@@ -35,7 +48,7 @@ def training_memory(
     master_bytes: int = 4,
     *,
     precision: str = "fp32",
-    gradient_checkpointing: bool = False,
+    plan: ActivationPlan | None = None,
     logit_copies: int = 3,
     teacher: Mapping[str, Any] | None = None,
     teacher_bytes: int = 4,
@@ -46,6 +59,7 @@ def training_memory(
         trainable: parameters with gradients; `master_bytes` per element of weights, gradients and moments.
         micro_batch_tokens: tokens of one forward pass; `chunk_tokens`: of these, tokens whose logits exist at a time.
         precision: `fp32`, or `bf16` autocast, which keeps most activations in 2 bytes.
+        plan: what layers keep; default: everything, not compiled.
         logit_copies: fp32 `[chunk, V]` tensors alive at once in the loss.
         teacher: architecture of a frozen second model held beside it, with `teacher_bytes` per element.
     """
@@ -55,7 +69,7 @@ def training_memory(
         "weights": master_bytes * parameter_count(arch),
         "gradients": master_bytes * trainable,
         "optimizer": ADAM_MOMENTS * master_bytes * trainable,
-        "activations": micro_batch_tokens * activation_bytes_per_token(arch, precision, gradient_checkpointing),
+        "activations": activation_bytes(arch, micro_batch_tokens, precision, plan or ActivationPlan()),
         "logits": 4 * (logit_copies * chunk * arch["vocab_size"] + 2 * head),
     }
     if teacher is not None:
@@ -73,22 +87,59 @@ def inference_memory(arch: Mapping[str, Any], tokens: int, batch: int, element_s
     }
 
 
-def activation_bytes_per_token(arch: Mapping[str, Any], precision: str, gradient_checkpointing: bool) -> int:
-    """Bytes a token leaves for the backward pass, all layers, with an attention that keeps no `[T, T]` matrix.
+def activation_plan(
+    arch: Mapping[str, Any], tokens: int, precision: str, *, compiled: bool, everything: bool, budget: int | None
+) -> ActivationPlan:
+    """The cheapest way to keep the activations of `tokens` tokens within `budget` bytes; None: whatever they take.
 
-    Counted from what autograd saves in transformers' Llama: per layer in fp32 6 D (norms and the inputs of the
-    products), 2 H d_h, 2 G d_h, 4 I elements; under bf16 autocast the products' inputs take 2 bytes.
+    Compiled layers first give up what pointwise operations can make again, which costs about a hundredth of a step;
+    then whole layers are recomputed, from the first on, one by one. If the budget is below what that reaches, or
+    `everything` is asked for, all layers are.
     """
-    layers = [_layer_bytes(arch, layer, precision) for layer in range(arch["num_hidden_layers"])]
+    full: Kept = "compiled" if compiled else "eager"
+    layers = arch["num_hidden_layers"]
+    if everything:
+        return ActivationPlan("lean" if compiled else "eager", layers)
+    plans = [ActivationPlan(full)]
+    plans += [ActivationPlan("lean" if compiled else "eager", count) for count in range(layers + 1)]
+    fitting = (plan for plan in plans if budget is None or activation_bytes(arch, tokens, precision, plan) <= budget)
+    return next(fitting, plans[-1])
+
+
+def activation_bytes(arch: Mapping[str, Any], tokens: int, precision: str, plan: ActivationPlan) -> int:
+    """Bytes that a forward pass over `tokens` tokens leaves for the backward pass, bf16 copies of weights included."""
+    copies = 0
+    if precision == "bf16" and plan.kept != "lean":
+        heads = 1 if arch["tie_word_embeddings"] else 2
+        in_layers = parameter_count(arch) - heads * arch["vocab_size"] * arch["hidden_size"]
+        share = (arch["num_hidden_layers"] - plan.recomputed) / arch["num_hidden_layers"]
+        # Autocast's own cache keeps every copy until the loss is computed; compiled layers keep those of kept layers.
+        copies = int(2 * in_layers * (share if plan.kept == "compiled" else 1))
+    return copies + tokens * activation_bytes_per_token(arch, precision, plan)
+
+
+def activation_bytes_per_token(arch: Mapping[str, Any], precision: str, plan: ActivationPlan) -> int:
+    """Bytes a token leaves for the backward pass, all layers, with an attention that keeps no `[T, T]` matrix."""
+    layers = [_layer_bytes(arch, layer, precision, plan.kept) for layer in range(arch["num_hidden_layers"])]
     ends = 4 * 4 * arch["hidden_size"]  # final norm, hidden states, their gradient
-    if gradient_checkpointing:
-        return ends + 4 * arch["hidden_size"] * len(layers) + max(layers)
-    return ends + sum(layers)
+    held = 4 * arch["hidden_size"] * plan.recomputed + sum(layers[plan.recomputed :])
+    # While a layer is recomputed, the kept layers behind it are free already.
+    return ends + max(held, 4 * arch["hidden_size"] * plan.recomputed + max(layers))
 
 
-def _layer_bytes(arch: Mapping[str, Any], layer: int, precision: str) -> int:
+def _layer_bytes(arch: Mapping[str, Any], layer: int, precision: str, kept: Kept) -> int:
+    """Counted from what autograd, or torch's partitioner for compiled layers, saves of transformers' Llama.
+
+    Not compiled, fp32: 6 D (norms and the inputs of the products), 2 H d_h, 2 G d_h, 4 I elements; under bf16 autocast
+    the products' inputs take 2 bytes. Compiled: the layer's fp32 input, queries, keys, values, attention's output and
+    logarithms, and of the products' inputs and outputs 3 D + 3 I elements; lean: D + 2 I.
+    """
     query, key_value = _attention_widths(arch, layer)
     width, inner = arch["hidden_size"], arch["intermediate_size"]
+    size = 2 if precision == "bf16" else 4
+    if kept != "eager":
+        products = width + 2 * inner if kept == "lean" else 3 * (width + inner)
+        return 4 * width + size * (products + 2 * query + key_value) + 4 * arch["num_attention_heads"] + 8
     if precision == "bf16":
         return 26 * width + 2 * (2 * query + key_value + 4 * inner)
     return 4 * (6 * width + 2 * query + key_value + 4 * inner)

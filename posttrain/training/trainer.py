@@ -1,11 +1,11 @@
-"""The trainer that training stages share: transformers' loop with our checkpoints, stops, precision and history."""
+"""The trainer that training stages share: transformers' loop with our checkpoints, stops, speed and history."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,18 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
 from posttrain.errors import StageError
+from posttrain.models.architecture import normalise
 from posttrain.pipeline.context import StageContext
-from posttrain.training import checkpoints
+from posttrain.training import checkpoints, speed
+from posttrain.training.arguments import training_arguments
 from posttrain.training.callbacks import StageCallback, history_row
+from posttrain.training.config import TrainingConfig
+from posttrain.training.estimate import ActivationPlan, activation_plan
+from posttrain.training.graphed import GraphedMicroStep
+from posttrain.training.meter import LAG, Meter
 
 log = logging.getLogger(__name__)
 
@@ -26,39 +32,56 @@ WEIGHTS = "model.safetensors"
 
 
 class StageTrainer(Trainer):
-    """transformers' `Trainer` for a stage: resumes exactly, stops on request, never goes on with a NaN.
+    """transformers' `Trainer` for a stage: resumes exactly, stops on request, never keeps a step made from a NaN.
 
     Subclasses override `compute_loss` and return this micro-batch's share of the optimiser step's loss: nothing is
     divided by the number of micro-batches afterwards. The dataset holds the sequences of all steps in the order they
     are used, so that the order depends neither on the micro-batch nor on where a run was interrupted.
 
-    Parameters stay fp32; with `precision="bf16"` the loss is computed under autocast.
+    Parameters stay fp32; with `precision="bf16"` the loss is computed under autocast. On a GPU no step waits for the
+    device: numbers are logged up to two steps late (`Meter`), and a step whose loss or gradient is not finite is
+    skipped by the optimiser on the device, as are those after it, until the host learns of it. Checkpoints wait for
+    all numbers.
+
+    Args:
+        tokens_per_step: tokens of one optimiser step, for rates and the size of a micro-batch.
+        frozen: further models that `compute_loss` calls; they are made fast as well.
+        whole_rows: no row is padded and attention may cross documents, so that no attention mask is needed.
+        workers: processes that make batches, see `training_arguments`.
     """
 
     def __init__(
         self,
         ctx: StageContext,
+        config: TrainingConfig,
         model: PreTrainedModel,
-        args: TrainingArguments,
         train_dataset: Dataset[Any],
         data_collator: Callable[[list[Any]], dict[str, Any]],
         *,
         tokens_per_step: int,
-        precision: str = "fp32",
-        save_every: int = 0,
-        save_seconds: float = 600.0,
-        keep_checkpoints: int = 2,
+        frozen: Sequence[PreTrainedModel] = (),
+        whole_rows: bool = False,
+        workers: int = 0,
     ) -> None:
-        self.ctx = ctx
-        self.precision = precision
-        self.keep_checkpoints = keep_checkpoints
-        self.watch = StageCallback(ctx, tokens_per_step, save_every, save_seconds)
+        self.ctx, self.config = ctx, config
+        self.frozen, self.whole_rows = frozen, whole_rows
+        self.watch = StageCallback(ctx, tokens_per_step, config.save_every, config.save_seconds)
         self._parts: dict[str, Tensor] = {}
         self._step_loss: Tensor | float = 0.0
+        self._skip: Tensor | None = None
+        self._graphed: GraphedMicroStep | None = None
+        micro_batch = config.micro_batch()
+        accumulation = config.sequences_per_step // micro_batch
+        self.micro_batch_tokens = tokens_per_step // accumulation
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, callbacks=[self.watch]
+            model=model,
+            args=training_arguments(ctx, config, micro_batch, accumulation, workers=workers),
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            callbacks=[self.watch],
         )
+        self.meter = Meter(lag=0 if self.args.device.type == "cpu" else LAG)
         if use_cache is not None:
             # transformers switches it off for training and would have it saved with the model.
             model.config.use_cache = use_cache
@@ -80,53 +103,167 @@ class StageTrainer(Trainer):
             self.ctx.stop(checkpoints.step_of(newest) if newest else 0)
         if newest is not None:
             log.warning("going on from step %d", checkpoints.step_of(newest))
-        self.train(resume_from_checkpoint=str(newest) if newest else None)
+        with self.fast():
+            self.train(resume_from_checkpoint=str(newest) if newest else None)
         if self.watch.stopped:
             self.ctx.stop(self.state.global_step)
         return [history_row(entry) for entry in self.state.log_history if "loss" in entry]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers are compiled on this machine."""
+        on_gpu = self.args.device.type == "cuda"
+        wanted = self.config.compiles(on_gpu)
+        return wanted and (self.config.compile != "auto" or speed.can_compile())
+
+    @property
+    def captures(self) -> bool:
+        """Whether micro-steps are replayed from a CUDA graph.
+
+        Raises:
+            StageError: `cuda_graph=on` where that cannot be.
+        """
+        reasons = {
+            "it needs a GPU": self.args.device.type != "cuda",
+            "it works on one rank": self.ctx.world_size > 1,
+            "batches differ in shape": not self.whole_rows,
+            "the model has dropout": any(speed.draws_random(model) for model in (self.model, *self.frozen)),
+        }
+        against = [reason for reason, holds in reasons.items() if holds]
+        if self.config.cuda_graph == "on" and against:
+            where = f"stages.{self.ctx.name}.cuda_graph"
+            raise StageError(f"no CUDA graph of the training step: {against[0]}", where=where, fix=f"{where}=auto")
+        return self.config.cuda_graph != "off" and not against
+
+    def activation_plan(self) -> ActivationPlan:
+        """What the layers of the trained model keep for the backward pass."""
+        config, compiled = self.config, self.compiles
+        if config.gradient_checkpointing or config.activation_budget is not None:
+            return activation_plan(
+                normalise(self.model.config.to_dict()),
+                self.micro_batch_tokens,
+                config.precision,
+                compiled=compiled,
+                everything=config.gradient_checkpointing,
+                budget=config.activation_budget,
+            )
+        return ActivationPlan("compiled" if compiled else "eager")
+
+    @contextlib.contextmanager
+    def fast(self) -> Any:
+        """Inside, the models run as the config says; afterwards they are as before."""
+        plan, compiled = self.activation_plan(), self.compiles
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(speed.attention_backends(self.config.attention, self.args.device.type))
+            for model in (self.model, *self.frozen):
+                if self.whole_rows:
+                    stack.enter_context(speed.causal_without_masks(model))
+                recomputed = plan.recomputed if model is self.model else 0
+                stack.enter_context(
+                    speed.fast_layers(model, compiled=compiled, lean=plan.kept == "lean", recomputed=recomputed)
+                )
+            if self.captures:
+                self._graphed = GraphedMicroStep(self._loss_and_parts, self.model.parameters())
+            try:
+                yield
+            finally:
+                self._graphed = None
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        if self.config.precision == "bf16":
+            # Weights cast once and kept would outlive the graph that is captured with them; none is used twice anyway.
+            autocast = torch.autocast(self.args.device.type, dtype=torch.bfloat16, cache_enabled=False)
+            stack.enter_context(autocast)
+        return stack
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: transformers would walk over all parameters at every micro-batch."""
+        return 0
 
     def record_parts(self, **parts: Tensor) -> None:
         """Add this micro-batch's share of further numbers that the step's log shall show beside the loss."""
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + value.detach()
 
-    def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        stack = contextlib.ExitStack()
-        if self.precision == "bf16":
-            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
-        return stack
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if optimizer.defaults.get("fused"):
+            # Fused optimisers look at this tensor on the device (it is the gradient scaler's) and skip where it is 1.
+            self._skip = optimizer.found_inf = torch.zeros((), device=self.args.device)
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._graphed is not None:
+            model.train()
+            loss, parts = self._graphed(self._prepare_inputs(inputs))
+            self.record_parts(**parts)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
-        if self.accelerator.sync_gradients:
-            total, self._step_loss = self._step_loss, 0.0
-            self._refuse_nan("loss", float(total))
         return loss
 
+    def _loss_and_parts(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's loss and what `compute_loss` recorded beside it."""
+        before, self._parts = self._parts, {}
+        try:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs)
+            return loss, self._parts
+        finally:
+            self._parts = before
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called before the optimiser step, which leaves the weights alone if loss or gradient is not finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._refuse_nan("gradient norm", float(grad_norm))
+        loss = torch.as_tensor(self._step_loss)
+        if self._skip is None:
+            self._refuse_nan(self.state.global_step + 1, loss=float(loss), grad_norm=float(grad_norm))
+        else:
+            bad = ~(torch.isfinite(loss) & torch.isfinite(torch.as_tensor(grad_norm)))
+            torch.maximum(self._skip, bad.to(self._skip), out=self._skip)
         return grad_norm
 
-    def _refuse_nan(self, name: str, value: float) -> None:
-        """Stop before the optimiser step, so that no checkpoint ever holds weights made from it."""
-        if math.isfinite(value):
-            return
-        step = self.state.global_step + 1
-        stage = f"stages.{self.ctx.name}"
-        raise StageError(
-            f"the {name} is {value} at step {step}; the weights before it are kept",
-            where=stage,
-            fix=f"a lower rate ({stage}.lr={self.args.learning_rate / 4:g}), a longer warm-up "
-            f"({stage}.warmup_ratio=0.1) or {stage}.precision=fp32",
-        )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update({name: float(value) for name, value in self._parts.items()})
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but the step's numbers go through the meter instead of being waited for."""
+        state = self.state
+        if self.control.should_log and state.global_step > self._globalstep_last_logged:
+            self._globalstep_last_logged = state.global_step
+            rate = kwargs.get("learning_rate")
+            values = {
+                "loss": self._step_loss,
+                "grad_norm": grad_norm,
+                "learning_rate": self._get_learning_rate() if rate is None else rate,
+            }
+            self.meter.push(state.global_step, state.epoch, {**values, **self._parts})
+            self._step_loss = 0.0
             self._parts.clear()
-        super().log(logs, start_time)
+        self.control.should_log = False
+        self._report(flush=self.control.should_training_stop or state.global_step >= state.max_steps)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _report(self, flush: bool) -> None:
+        """Log the steps whose numbers have arrived, under their own step and epoch; refuse what is not finite."""
+        state = self.state
+        for reading in self.meter.pop(flush):
+            self._refuse_nan(reading.step, **reading.values)
+            now = state.global_step, state.epoch
+            state.global_step, state.epoch = reading.step, reading.epoch
+            try:
+                self.log(dict(reading.values))
+            finally:
+                state.global_step, state.epoch = now
+
+    def _refuse_nan(self, step: int, *, loss: float, grad_norm: float, **_: float) -> None:
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                stage = f"stages.{self.ctx.name}"
+                raise StageError(
+                    f"the {name} is {value} at step {step}; the weights before it are kept",
+                    where=stage,
+                    fix=f"a lower rate ({stage}.lr={self.args.learning_rate / 4:g}), a longer warm-up "
+                    f"({stage}.warmup_ratio=0.1) or {stage}.precision=fp32",
+                )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         return len(batch_samples)
@@ -135,11 +272,13 @@ class StageTrainer(Trainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before anything is written: a step that was not finite raises here, and the history is complete.
+        self._report(flush=True)
         folder = Path(self.args.output_dir)
         path = checkpoints.begin(folder, self.state.global_step)
         super()._save_checkpoint(model, trial)
         checkpoints.complete(path)
-        checkpoints.rotate(folder, self.keep_checkpoints)
+        checkpoints.rotate(folder, self.config.keep_checkpoints)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The parameters under their own names: `save_pretrained` may rename them, and loading would not notice."""

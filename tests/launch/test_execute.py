@@ -60,14 +60,15 @@ def test_the_tracker_reaches_the_stage_and_not_the_key():
 
 
 def test_a_tracked_job_tells_the_trainer(monkeypatch):
-    from posttrain.training.arguments import Optimisation, training_arguments
+    from posttrain.training.arguments import training_arguments
+    from posttrain.training.config import TrainingConfig
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     monkeypatch.setattr(os, "environ", {**environment, "WANDB_MODE": "offline"})
     for tracker, expected in (("none", []), ("wandb", ["wandb"])):
         plan = make_plan(toy_recipe(frame={"tracker": {"name": tracker}}))
         context = execute.make_context(*job_of(plan, "data", {})[:1], None, Path("work"), "cpu")
-        assert training_arguments(context, Optimisation(lr=1e-3), 2, 1, 1).report_to == expected
+        assert training_arguments(context, TrainingConfig(type="train", max_steps=2), 1, 1).report_to == expected
     assert os.environ["WANDB_DIR"] == str(plan.run_dir.path)
 
 

@@ -9,7 +9,8 @@ import torch
 from transformers import get_scheduler
 
 from posttrain.pipeline.context import StageContext
-from posttrain.training.arguments import Optimisation, training_arguments
+from posttrain.training.arguments import training_arguments
+from posttrain.training.config import TrainingConfig
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def make(tmp_path, monkeypatch):
 
     def arguments(tracker=None, max_steps=100, **settings):
         ctx = StageContext("distill", None, tmp_path, seed=7, tracker=tracker)
-        return training_arguments(ctx, Optimisation(lr=1e-3, **settings), max_steps, micro_batch=2, accumulation=3)
+        config = TrainingConfig(type="train", lr=1e-3, max_steps=max_steps, **settings)
+        return training_arguments(ctx, config, micro_batch=2, accumulation=3)
 
     return arguments
 
@@ -31,7 +33,7 @@ def test_nothing_is_saved_evaluated_or_hidden_by_transformers(make):
     assert arguments.report_to == []
     assert not arguments.bf16 and not arguments.fp16
     assert arguments.n_gpu <= 1 and arguments.device == torch.device("cpu")
-    assert arguments.seed == 7 and arguments.optim == "adamw_torch"
+    assert arguments.seed == 7 and arguments.optim == "adamw_torch_fused"
 
 
 def test_optimiser_settings_arrive(make):
@@ -64,6 +66,29 @@ def test_schedules_warm_up_and_end_as_named(make, scheduler, expected):
 def test_warmup_is_rounded_up_to_whole_steps(make):
     assert make(warmup_ratio=0.01, max_steps=40).get_warmup_steps(40) == 1
     assert make(warmup_ratio=0.0).get_warmup_steps(100) == 0
+
+
+def test_batches_are_made_in_the_training_process_unless_a_dataset_needs_workers(make, tmp_path):
+    assert make().dataloader_num_workers == 0 and not make().dataloader_persistent_workers
+    ctx = StageContext("sft", None, tmp_path)
+    arguments = training_arguments(ctx, TrainingConfig(type="train"), 1, 1, workers=2)
+    assert arguments.dataloader_num_workers == 2 and arguments.dataloader_persistent_workers
+
+
+def test_settings_that_only_change_how_are_in_no_key():
+    how = {
+        "micro_batch_size": 3,
+        "compile": "layers",
+        "attention": "math",
+        "activation_budget_gib": 2.5,
+        "gradient_checkpointing": True,
+        "save_every": 1,
+        "save_seconds": 2,
+        "keep_checkpoints": 9,
+    }
+    config = TrainingConfig(type="train", **how)
+    assert config.key_fields() == TrainingConfig(type="train").key_fields()
+    assert config.activation_budget == 2.5 * 2**30
 
 
 def test_tracker_is_told_by_its_environment_and_the_users_wins(make, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Settings of the `distill` stage; the only place of its defaults."""
+"""Settings of the `distill` stage; with `TrainingConfig` the only place of its defaults."""
 
 from __future__ import annotations
 
@@ -6,56 +6,46 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
+from posttrain.pipeline.stage import NOT_IN_KEY
+from posttrain.training.config import TrainingConfig
 
 
-class DistillConfig(StageConfig):
+class DistillConfig(TrainingConfig):
     """Train a student to give the frozen teacher's next-token distribution on plain text."""
 
     type: Literal["distill"] = "distill"
 
-    max_steps: int = Field(1000, ge=1, description="Optimiser steps.")
     tokens_per_step: int = Field(
         393_216, ge=1, description="Tokens of one optimiser step, over all micro-batches and ranks."
     )
     sequence_length: int = Field(
         2048, ge=2, description="Tokens of one sequence. Documents are joined by EOS and cut; attention crosses them."
     )
-    micro_batch_size: int = Field(
-        8,
-        ge=1,
-        description="Sequences of one forward pass, at most: the largest divisor of the sequences of a step is taken.",
-        json_schema_extra=NOT_IN_KEY,
-    )
     chunk_tokens: int = Field(
-        1024,
+        2048,
         ge=1,
-        description="Tokens whose logits exist at a time in the loss; lower it when memory is short.",
+        description="Tokens whose logits exist at a time in the loss, at most; lower it when memory is short.",
         json_schema_extra=NOT_IN_KEY,
     )
-
-    lr: float = Field(8e-5, gt=0, description="Peak learning rate of AdamW.")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="After the warm-up: half a cosine to 0, a line to 0, or the peak throughout."
+    logits_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type of the logits on a GPU with precision=bf16. bfloat16 is what an eager head gives and saves a "
+        "few percent of a step; float32 does not round them. Elsewhere logits are float32.",
     )
-    warmup_ratio: float = Field(
-        0.01, ge=0, lt=1, description="Share of max_steps in which the rate rises from 0, rounded up to whole steps."
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl",
+        description="forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher); jsd: the generalised "
+        "Jensen-Shannon divergence of both to their mixture.",
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay; not of norms and biases.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this L2 norm; 0 = no clipping.")
-
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in jsd's mixture; no use otherwise.")
     reduction: Literal["token_mean", "batch_sum"] = Field(
         "token_mean",
         description="Loss of a step: mean over tokens, or sum over tokens divided by sequences (X-EcoMLA's code; with "
         "clipping at 1 that is training by normalised gradients). The history always has the token mean as `kl`.",
     )
-    temperature: float = Field(1.0, gt=0, description="Divides both models' logits in the KL; no T² factor.")
-    ce_weight: float = Field(0.0, ge=0, le=1, description="Weight w of next-token cross-entropy: (1 - w) KL + w CE.")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: fp32 weights and optimiser under bf16 autocast. Parameters are never bf16."
+    temperature: float = Field(1.0, gt=0, description="Divides both models' logits in the divergence; no T² factor.")
+    ce_weight: float = Field(
+        0.0, ge=0, le=1, description="Weight w of next-token cross-entropy: (1 - w) divergence + w CE."
     )
     teacher_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the frozen teacher's weights; bfloat16 halves their memory."
@@ -67,21 +57,6 @@ class DistillConfig(StageConfig):
         "float32",
         description="Type of the saved weights. bfloat16 halves the folder and rounds small updates away: "
         "only for a last stage.",
-    )
-
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Keep one tensor a layer and compute the rest again: less memory, about a third slower.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-    save_every: int = Field(
-        0, ge=0, description="Optimiser steps between checkpoints; 0 = by time alone.", json_schema_extra=NOT_IN_KEY
-    )
-    save_seconds: float = Field(
-        600.0, ge=0, description="Seconds between checkpoints; 0 = by steps alone.", json_schema_extra=NOT_IN_KEY
-    )
-    keep_checkpoints: int = Field(
-        2, ge=1, description="Newest complete checkpoints kept while training.", json_schema_extra=NOT_IN_KEY
     )
 
     @model_validator(mode="after")
@@ -99,14 +74,3 @@ class DistillConfig(StageConfig):
     def sequences_per_step(self) -> int:
         """Sequences of one optimiser step, over all micro-batches and ranks."""
         return self.tokens_per_step // self.sequence_length
-
-    def micro_batch(self, world_size: int = 1) -> int:
-        """Sequences of one forward pass on one rank: the largest divisor of a rank's share within `micro_batch_size`.
-
-        Raises:
-            ValueError: the sequences of a step cannot be shared evenly among the ranks.
-        """
-        if self.sequences_per_step % world_size:
-            raise ValueError(f"{self.sequences_per_step} sequences a step cannot be shared by {world_size} ranks")
-        share = self.sequences_per_step // world_size
-        return max(size for size in range(1, min(self.micro_batch_size, share) + 1) if share % size == 0)

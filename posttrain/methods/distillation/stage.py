@@ -14,8 +14,9 @@ from posttrain.errors import Problem, RecipeError, StageError
 from posttrain.methods.distillation.config import DistillConfig
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.device import gpu_memory
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
-from posttrain.training.estimate import ELEMENT_SIZE, trainable_parameters, training_memory
+from posttrain.training.estimate import ELEMENT_SIZE, activation_plan, trainable_parameters, training_memory
 
 if TYPE_CHECKING:
     from posttrain.methods.distillation.trainer import DistillTrainer
@@ -25,7 +26,7 @@ class Distill(Stage):
     """Train the student to the frozen teacher's next-token distribution on text."""
 
     type: ClassVar[str] = "distill"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Config = DistillConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "student": InputSpec("model", doc="The model to train."),
@@ -84,6 +85,15 @@ class Distill(Stage):
         if student is None:
             return Estimate(tokens=tokens, data_tokens=inputs["data"].tokens)
         trainable = trainable_parameters(student, cfg.trainable)
+        micro_batch_tokens = cfg.micro_batch() * cfg.sequence_length
+        plan = activation_plan(
+            student,
+            micro_batch_tokens,
+            cfg.precision,
+            compiled=cfg.compiles(on_gpu=gpu_memory() is not None),
+            everything=cfg.gradient_checkpointing,
+            budget=cfg.activation_budget,
+        )
         return Estimate(
             parameters=parameter_count(student),
             trainable=trainable,
@@ -92,10 +102,10 @@ class Distill(Stage):
             memory=training_memory(
                 student,
                 trainable,
-                cfg.micro_batch() * cfg.sequence_length,
+                micro_batch_tokens,
                 cfg.chunk_tokens,
                 precision=cfg.precision,
-                gradient_checkpointing=cfg.gradient_checkpointing,
+                plan=plan,
                 logit_copies=4 if cfg.ce_weight else 3,
                 teacher=teacher,
                 teacher_bytes=ELEMENT_SIZE[cfg.teacher_dtype],
@@ -178,6 +188,8 @@ def _record(
         tokens_per_second=trainer.watch.tokens_per_second,
         peak_memory_bytes=_peak_memory(ctx.device),
         micro_batch=cfg.micro_batch(),
+        compiled=trainer.compiles,
+        recomputed_layers=trainer.activation_plan().recomputed,
     )
 
 

@@ -13,7 +13,6 @@ from posttrain.methods.distillation.config import DistillConfig
 from posttrain.methods.distillation.data import OrderedBlocks, collate
 from posttrain.methods.distillation.loss import IGNORE, distillation_loss
 from posttrain.pipeline.context import StageContext
-from posttrain.training.arguments import Optimisation, training_arguments
 from posttrain.training.trainer import StageTrainer
 
 MIXER = "self_attn"
@@ -23,6 +22,8 @@ MIXER = "self_attn"
 class DistillTrainer(StageTrainer):
     """Trains `student` to the next-token distribution of `teacher` on the given token blocks [N, T]."""
 
+    config: DistillConfig
+
     def __init__(
         self,
         ctx: StageContext,
@@ -31,30 +32,18 @@ class DistillTrainer(StageTrainer):
         teacher: PreTrainedModel,
         blocks: Tensor,
     ) -> None:
-        self.config = config
         self.teacher = teacher.eval().requires_grad_(False)
         check_heads(student, teacher)
         select_trainable(student, config.trainable)
-        if config.gradient_checkpointing:
-            checkpoint_activations(student)
-        micro_batch = config.micro_batch()
         super().__init__(
             ctx,
+            config,
             student,
-            training_arguments(
-                ctx,
-                Optimisation.of(config),
-                max_steps=config.max_steps,
-                micro_batch=micro_batch,
-                accumulation=config.sequences_per_step // micro_batch,
-            ),
             OrderedBlocks(blocks, config.max_steps * config.sequences_per_step, ctx.seed),
             collate,
             tokens_per_step=config.tokens_per_step,
-            precision=config.precision,
-            save_every=config.save_every,
-            save_seconds=config.save_seconds,
-            keep_checkpoints=config.keep_checkpoints,
+            frozen=(teacher,),
+            whole_rows=True,
         )
         self.teacher.to(self.args.device)
 
@@ -65,24 +54,31 @@ class DistillTrainer(StageTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        config, ids = self.config, inputs["input_ids"]  # [B, T]
-        sequences = config.sequences_per_step
-        label_tokens = sequences * (config.sequence_length - 1)
+        ids = inputs["input_ids"]  # [B, T]
         with torch.no_grad():
             teacher_h = hidden_states(self.teacher, ids)
+        return self.divergence(hidden_states(model, ids), teacher_h, ids)
+
+    def divergence(self, student_h: Tensor, teacher_h: Tensor, ids: Tensor) -> Tensor:
+        """This micro-batch's share of the step's loss from both models' hidden states [B, T, D]."""
+        config = self.config
+        label_tokens = config.sequences_per_step * (config.sequence_length - 1)
         parts = distillation_loss(
-            hidden_states(model, ids),
-            model.get_output_embeddings().weight,
+            student_h,
+            self.model.get_output_embeddings().weight,
             teacher_h,
             self.teacher.get_output_embeddings().weight,
             reduction=config.reduction,
             temperature=config.temperature,
+            divergence=config.divergence,
+            beta=config.jsd_beta,
             tokens=config.tokens_per_step,
-            sequences=sequences,
+            sequences=config.sequences_per_step,
             labels=next_tokens(ids) if config.ce_weight else None,
             ce_weight=config.ce_weight,
             label_tokens=label_tokens,
             chunk_tokens=config.chunk_tokens,
+            logits_dtype=getattr(torch, config.logits_dtype),
         )
         self.record_parts(kl=parts.kl_sum / config.tokens_per_step)
         if config.ce_weight:
@@ -135,12 +131,3 @@ def check_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             odd += [field] if getattr(model.config, field, None) not in (None, 1, 1.0) else []
         if odd:
             raise StageError(f"the {role} ({type(model).__name__}) has {', '.join(odd)}, which the loss does not know")
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep one tensor a layer and compute the rest again in the backward pass."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)

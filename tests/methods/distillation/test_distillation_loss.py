@@ -54,17 +54,70 @@ def test_value_and_gradients_equal_the_reference(reduction, temperature, chunk):
     assert grad_h.abs().max() > 1e-4 and (h.grad[~mask] == 0).all()
 
 
-def test_gradients_by_finite_differences():
+class _Fresh(torch.autograd.Function):
+    """The loss's gradient as gradcheck wants it: gradcheck calls backward often, the loss allows one call."""
+
+    @staticmethod
+    def forward(ctx, h, w, loss):
+        with torch.enable_grad():
+            pair = [tensor.detach().requires_grad_() for tensor in (h, w)]
+            value = loss(*pair)
+        ctx.save_for_backward(*torch.autograd.grad(value, pair))
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(saved * grad for saved in ctx.saved_tensors), None
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_gradients_by_finite_differences(divergence):
     generator = torch.Generator().manual_seed(5)
     h, w, th, tw = (
         torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((5, 4), (11, 4), (5, 6), (11, 6))
     )
     labels = torch.tensor([3, -100, 0, 10, 7])
 
-    def loss(h, w):
-        return distillation_loss(h, w, th, tw, labels=labels, ce_weight=0.3, temperature=1.7, chunk_tokens=2).loss
+    options = {"ce_weight": 0.3, "temperature": 1.7, "chunk_tokens": 2, "divergence": divergence, "beta": 0.3}
 
-    assert torch.autograd.gradcheck(loss, (h.requires_grad_(), w.requires_grad_()))
+    def loss(h, w):
+        return distillation_loss(h, w, th, tw, labels=labels, **options).loss
+
+    def check(h, w):
+        return _Fresh.apply(h, w, loss)
+
+    assert torch.autograd.gradcheck(check, (h.requires_grad_(), w.requires_grad_()))
+
+
+def test_a_second_backward_is_an_error():
+    student_h, student_w, teacher_h, teacher_w = _inputs()
+    h, w = _leaves(student_h, student_w)
+    loss = kl_from_hidden(h, w, teacher_h, teacher_w)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_directions_of_the_divergences():
+    """The student that puts no mass where the teacher has half of its own: only forward KL is large."""
+    head = torch.eye(2)
+    even, sure = torch.zeros(1, 1, 2), torch.tensor([[[20.0, 0.0]]])
+    assert kl_from_hidden(sure, head, even, head, divergence="forward_kl").item() > 9
+    assert kl_from_hidden(sure, head, even, head, divergence="reverse_kl").item() == pytest.approx(0.6931, abs=1e-3)
+    # m = (3/4, 1/4): 1/2 KL((1/2, 1/2) || m) + 1/2 KL((1, 0) || m)
+    assert kl_from_hidden(sure, head, even, head, divergence="jsd").item() == pytest.approx(0.2158, abs=1e-3)
+    with pytest.raises(ValueError, match="forward_kl"):
+        kl_from_hidden(sure, head, even, head, divergence="kl")
+
+
+def test_pure_cross_entropy_still_reports_the_divergence():
+    student_h, student_w, teacher_h, teacher_w = _inputs()
+    labels = torch.full((B, T), -100)
+    labels[:, 0] = 3
+    kl = distillation_loss(student_h, student_w, teacher_h, teacher_w).kl_sum
+    parts = distillation_loss(student_h, student_w, teacher_h, teacher_w, labels=labels, ce_weight=1.0)
+    assert parts.kl_sum.item() == pytest.approx(kl.item(), rel=1e-6)
+    assert parts.loss.item() == pytest.approx(parts.ce_sum.item() / B, rel=1e-6)
 
 
 def test_flat_and_batched_input_are_the_same():
@@ -241,6 +294,43 @@ def test_bad_input_is_refused(change, message):
     arguments = dict(zip(names, _inputs(), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         kl_from_hidden(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_waits_for_the_gpu(masked):
+    student_h, student_w, teacher_h, teacher_w = (tensor.cuda() for tensor in _inputs())
+    mask = (torch.rand(B, T) > 0.3).cuda() if masked else None
+    labels = torch.randint(0, V, (B, T)).cuda()
+    h, w = _leaves(student_h, student_w)
+    distillation_loss(h, w, teacher_h, teacher_w, mask, labels=labels, ce_weight=0.5).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        distillation_loss(h, w, teacher_h, teacher_w, mask, labels=labels, ce_weight=0.5).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("reduction", ["token_mean", "batch_sum"])
+def test_masks_on_a_gpu_equal_masks_on_a_cpu(reduction):
+    """A CPU drops masked rows, a GPU gives them weight 0."""
+    tensors = _inputs()
+    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) > 0.4
+    labels = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(2))
+    results = []
+    for device in ("cpu", "cuda"):
+        h, w, *teacher = (tensor.to(device) for tensor in _leaves(*tensors))
+        h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+        parts = distillation_loss(
+            h, w, *teacher, mask.to(device), reduction, 1.5, labels=labels.to(device), ce_weight=0.3
+        )
+        parts.loss.backward()
+        results.append([*parts[:3], h.grad, w.grad, parts.tokens, parts.labelled])
+    for cpu, cuda in zip(*results, strict=True):
+        assert torch.allclose(torch.as_tensor(cpu).double(), torch.as_tensor(cuda).cpu().double(), rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.gpu

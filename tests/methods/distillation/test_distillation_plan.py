@@ -60,6 +60,10 @@ def test_defaults_are_the_papers():
         ({"reduction": "mean"}, "token_mean"),
         ({"temperature": 0}, "temperature"),
         ({"max_stesp": 3}, "max_stesp"),
+        ({"divergence": "kl"}, "reverse_kl"),
+        ({"jsd_beta": 1.0}, "jsd_beta"),
+        ({"compile": "model"}, "layers"),
+        ({"activation_budget_gib": 0}, "activation_budget_gib"),
         ({"precision": "fp16"}, "precision"),
     ],
 )
@@ -74,12 +78,16 @@ def test_key_holds_what_is_computed_and_not_how():
         micro_batch_size=3,
         chunk_tokens=5,
         gradient_checkpointing=True,
+        activation_budget_gib=1.5,
+        compile="layers",
+        attention="flash",
         save_every=1,
         save_seconds=2,
         keep_checkpoints=9,
     )
     assert config(**how).key_fields() == one
     what = {"lr": 1e-3, "tokens_per_step": 2048, "precision": "bf16", "reduction": "batch_sum", "trainable": "mixers"}
+    what |= {"divergence": "jsd", "jsd_beta": 0.1}
     for name, value in what.items():
         assert config(**{name: value}).key_fields() != one, name
 
@@ -130,6 +138,10 @@ def test_estimate():
     assert found.tokens == 7 * 1024 and found.data_tokens == 5000
     assert found.disk_bytes == 2 * parameter_count(arch)
     assert {"weights", "gradients", "optimizer", "activations", "logits", "teacher"} == set(found.memory)
+    lean = STAGE.estimate(config(activation_budget_gib=1e-3), metas())
+    assert lean.memory["activations"] < found.memory["activations"]
+    compiled = STAGE.estimate(config(compile="layers"), metas())
+    assert compiled.memory["activations"] < STAGE.estimate(config(compile="off"), metas()).memory["activations"]
     frozen = STAGE.estimate(config(trainable="mixers"), metas())
     assert frozen.trainable < found.trainable and frozen.memory["optimizer"] < found.memory["optimizer"]
     assert STAGE.estimate(config(), metas(student={"architecture": None})).tokens == 1000 * 1024

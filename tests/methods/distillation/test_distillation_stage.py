@@ -231,6 +231,19 @@ def test_gradient_checkpointing_gives_the_same(undisturbed, context):
     assert_same(undisturbed, outcome(context(gradient_checkpointing=True)))
 
 
+def test_activation_budget_gives_the_same(undisturbed, context):
+    ctx = context(activation_budget_gib=1e-5)
+    assert_same(undisturbed, outcome(ctx))
+    assert ctx.timing["recomputed_layers"] == 2 and ctx.timing["compiled"] is False
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_other_divergences_are_trained(context, divergence):
+    _, history, _ = outcome(context(divergence=divergence, jsd_beta=0.3))
+    forward = outcome(context("forward", max_steps=1))[1]
+    assert history[0]["kl"] != forward[0]["kl"] and history[-1]["kl"] < history[0]["kl"]
+
+
 def test_mixers_alone(context, world):
     before = load_file(world / "student" / "model.safetensors")
     weights, history, _ = outcome(context(trainable="mixers"))
