@@ -41,6 +41,12 @@ class TrainingConfig(StageConfig):
         "fp32", description="bf16: fp32 weights and optimiser under bf16 autocast. Parameters are never bf16."
     )
 
+    residual_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type of the residual stream with precision=bf16. bfloat16, as in models run wholly in bf16, takes "
+        "less memory and time and rounds the sum after every layer.",
+    )
+
     compile: Literal["auto", "layers", "off"] = Field(
         "auto",
         description="layers: each decoder layer is compiled, one graph for all layers of a kind, about 20 s at the "
@@ -62,8 +68,9 @@ class TrainingConfig(StageConfig):
     activation_budget_gib: float | None = Field(
         None,
         gt=0,
-        description="Recompute just as many layers as keep a forward pass's activations within it; null = keep all. "
-        "Compiled layers first give up what pointwise operations make again, which costs next to nothing.",
+        description="Recompute just as much as keeps a forward pass's activations within it; null = keep all. Compiled "
+        "layers first give up what pointwise operations make again, which costs next to nothing; then feed-forward "
+        "parts are recomputed, layer by layer, then whole layers.",
         json_schema_extra=NOT_IN_KEY,
     )
     gradient_checkpointing: bool = Field(

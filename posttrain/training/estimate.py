@@ -27,10 +27,12 @@ pointwise operations can make again from it (normalised inputs, the gated produc
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What every layer keeps, and how many of the first layers keep only their input and compute the rest again."""
+    """What every layer keeps; how many of the first layers keep only their input and compute the rest again; and how
+    many, those included, keep nothing of their feed-forward part."""
 
     kept: Kept = "eager"
     recomputed: int = 0
+    recomputed_mlps: int = 0
 
 
 def trainable_parameters(arch: Mapping[str, Any], trainable: str) -> int:
@@ -93,15 +95,18 @@ def activation_plan(
     """The cheapest way to keep the activations of `tokens` tokens within `budget` bytes; None: whatever they take.
 
     Compiled layers first give up what pointwise operations can make again, which costs about a hundredth of a step;
-    then whole layers are recomputed, from the first on, one by one. If the budget is below what that reaches, or
-    `everything` is asked for, all layers are.
+    then feed-forward parts are recomputed, half of what a layer keeps for two of its products; then whole layers; each
+    from the first layer on, one by one. If the budget is below what that reaches, or `everything` is asked for, all
+    layers are.
     """
     full: Kept = "compiled" if compiled else "eager"
+    least: Kept = "lean" if compiled else "eager"
     layers = arch["num_hidden_layers"]
     if everything:
-        return ActivationPlan("lean" if compiled else "eager", layers)
+        return ActivationPlan(least, layers)
     plans = [ActivationPlan(full)]
-    plans += [ActivationPlan("lean" if compiled else "eager", count) for count in range(layers + 1)]
+    plans += [ActivationPlan(least, 0, count) for count in range(layers + 1)]
+    plans += [ActivationPlan(least, count, layers) for count in range(1, layers + 1)]
     fitting = (plan for plan in plans if budget is None or activation_bytes(arch, tokens, precision, plan) <= budget)
     return next(fitting, plans[-1])
 
@@ -120,11 +125,16 @@ def activation_bytes(arch: Mapping[str, Any], tokens: int, precision: str, plan:
 
 def activation_bytes_per_token(arch: Mapping[str, Any], precision: str, plan: ActivationPlan) -> int:
     """Bytes a token leaves for the backward pass, all layers, with an attention that keeps no `[T, T]` matrix."""
-    layers = [_layer_bytes(arch, layer, precision, plan.kept) for layer in range(arch["num_hidden_layers"])]
+    thin = {**arch, "intermediate_size": 0}
+    layers = [
+        _layer_bytes(thin if layer < plan.recomputed_mlps else arch, layer, precision, plan.kept)
+        for layer in range(arch["num_hidden_layers"])
+    ]
+    widest = max(_layer_bytes(arch, layer, precision, plan.kept) for layer in range(arch["num_hidden_layers"]))
     ends = 4 * 4 * arch["hidden_size"]  # final norm, hidden states, their gradient
     held = 4 * arch["hidden_size"] * plan.recomputed + sum(layers[plan.recomputed :])
     # While a layer is recomputed, the kept layers behind it are free already.
-    return ends + max(held, 4 * arch["hidden_size"] * plan.recomputed + max(layers))
+    return ends + max(held, 4 * arch["hidden_size"] * plan.recomputed + widest)
 
 
 def _layer_bytes(arch: Mapping[str, Any], layer: int, precision: str, kept: Kept) -> int:

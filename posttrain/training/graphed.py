@@ -18,13 +18,15 @@ class GraphedMicroStep:
     """Calls `compute`, runs its loss backward, and after a few calls replays both from a captured CUDA graph.
 
     `compute` maps inputs to the loss and further scalars; it must not wait for the device, and draw no random numbers.
-    Gradients are added to those the parameters hold; a parameter that takes part and has none gets zeroed memory that
-    stays its own, so `zero_grad(set_to_none=True)` between optimiser steps is fine. Inputs of other shapes than the
-    captured ones run without the graph. Everything runs on one side stream that the current stream waits for.
+    With `accumulates`, gradients are added to those the parameters hold; a parameter that takes part and has none gets
+    zeroed memory that stays its own, so `zero_grad(set_to_none=True)` between optimiser steps is fine. Without, every
+    call writes gradients anew, in memory that activations leave on the way: the parameters must hold none. Inputs of
+    other shapes than the captured ones run without the graph. Everything runs on one side stream that the current
+    stream waits for.
     """
 
-    def __init__(self, compute: Compute, parameters: Iterable[nn.Parameter]) -> None:
-        self.compute = compute
+    def __init__(self, compute: Compute, parameters: Iterable[nn.Parameter], accumulates: bool = True) -> None:
+        self.compute, self.accumulates = compute, accumulates
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.stream = torch.cuda.Stream()
         self.calls = 0
@@ -59,11 +61,16 @@ class GraphedMicroStep:
         """Record the micro-step on copies of the inputs and on gradient memory of its own; nothing is computed."""
         with torch.cuda.stream(self.stream):
             self._inputs = {name: value.clone() for name, value in inputs.items()}
-            self._gradients = [(parameter, torch.zeros_like(parameter)) for parameter in self._used]
+            if self.accumulates:
+                self._gradients = [(parameter, torch.zeros_like(parameter)) for parameter in self._used]
             self._attach()
+        # The graph takes memory of its own: what the calls before it left cached would be held twice.
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             self._outputs = self._micro_step(self._inputs)
+        if not self.accumulates:
+            self._gradients = [(parameter, parameter.grad) for parameter in self._used]
         self.graph = graph
 
     def _replay(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,7 +82,13 @@ class GraphedMicroStep:
         return self._outputs
 
     def _attach(self) -> None:
-        """Make the parameters' gradients lie where the graph adds to, with the values they have (none is zero)."""
+        """Make the parameters' gradients lie where the graph puts them, with the values they have (none is zero)."""
+        if not self.accumulates:
+            if any(parameter.grad is not None for parameter in self._used):
+                raise RuntimeError("gradients from before a micro-step that does not accumulate would be lost")
+            for parameter, memory in self._gradients:
+                parameter.grad = memory
+            return
         empty = [memory for parameter, memory in self._gradients if parameter.grad is None]
         if empty:
             torch._foreach_zero_(empty)

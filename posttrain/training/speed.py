@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
@@ -50,6 +50,7 @@ def fast_layers(
     compiled: bool,
     lean: bool = False,
     recomputed: int = 0,
+    recomputed_mlps: int = 0,
     backend: str | Callable[..., Any] = "inductor",
 ) -> Iterator[None]:
     """Inside, every decoder layer is compiled, and the first `recomputed` layers keep only their input for backward.
@@ -57,19 +58,23 @@ def fast_layers(
     The first layers, because their turn in the backward pass comes when the later ones' activations are freed: what is
     recomputed then needs no room of its own. One compiled function serves all layers, so that layers of equal structure
     share a graph and compilation takes as long as for one layer of each kind. With `lean`, compiled layers do not keep
-    what pointwise operations can make again from what they keep.
+    what pointwise operations can make again from what they keep. The first `recomputed_mlps` layers keep nothing of
+    their feed-forward part, the widest tensors for the least work.
     """
     layers = decoder_layers(model)
     run = torch.compile(_run, dynamic=False, backend=backend) if compiled else _run
     for index, layer in enumerate(layers):
         # An attribute of the instance hides the class's method; `state_dict` sees modules and tensors only.
         layer.forward = functools.partial(_recompute if index < recomputed else _call, run, layer)
+    mlps = [layer.mlp for layer in layers[recomputed:recomputed_mlps]]
+    for mlp in mlps:
+        mlp.forward = functools.partial(_recompute_mlp, mlp)
     try:
         with _compiler_settings(lean) if compiled else contextlib.nullcontext():
             yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module in (*layers, *mlps):
+            del module.forward
 
 
 def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -95,6 +100,12 @@ def draws_random(model: nn.Module) -> bool:
         if any(getattr(holder, "attention_dropout", 0.0) for holder in (module, getattr(module, "config", None))):
             return True
     return False
+
+
+def _recompute_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    if not (mlp.training and torch.is_grad_enabled()):
+        return type(mlp).forward(mlp, x)
+    return checkpoint(type(mlp).forward, mlp, x, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextlib.contextmanager
@@ -146,3 +157,13 @@ def causal_without_masks(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def bf16_residual_stream(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what the layers add to is bf16: the embeddings are cast, and sums with bf16 products stay so."""
+    cast = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.bfloat16())
+    try:
+        yield
+    finally:
+        cast.remove()

@@ -158,12 +158,21 @@ class StageTrainer(Trainer):
             for model in (self.model, *self.frozen):
                 if self.whole_rows:
                     stack.enter_context(speed.causal_without_masks(model))
-                recomputed = plan.recomputed if model is self.model else 0
+                if self.config.precision == "bf16" and self.config.residual_dtype == "bfloat16":
+                    stack.enter_context(speed.bf16_residual_stream(model))
+                trained = plan if model is self.model else ActivationPlan()
                 stack.enter_context(
-                    speed.fast_layers(model, compiled=compiled, lean=plan.kept == "lean", recomputed=recomputed)
+                    speed.fast_layers(
+                        model,
+                        compiled=compiled,
+                        lean=plan.kept == "lean",
+                        recomputed=trained.recomputed,
+                        recomputed_mlps=trained.recomputed_mlps,
+                    )
                 )
             if self.captures:
-                self._graphed = GraphedMicroStep(self._loss_and_parts, self.model.parameters())
+                accumulates = self.args.gradient_accumulation_steps > 1
+                self._graphed = GraphedMicroStep(self._loss_and_parts, self.model.parameters(), accumulates)
             try:
                 yield
             finally:

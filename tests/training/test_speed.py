@@ -46,6 +46,33 @@ def assert_close(one, other):
         assert torch.allclose(gradient, other[1][name], rtol=1e-3, atol=1e-6), name
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("recomputed", "recomputed_mlps"), [(0, 4), (0, 2), (1, 3), (3, 3)])
+def test_recomputed_mlps_give_the_same_numbers(compiled, recomputed, recomputed_mlps):
+    model = make_mixed().train()
+    before = loss_and_gradients(model)
+    options = {**COMPILED, "compiled": compiled, "lean": compiled}
+    with fast_layers(model, recomputed=recomputed, recomputed_mlps=recomputed_mlps, **options):
+        assert sum("forward" in vars(layer.mlp) for layer in model.model.layers) == recomputed_mlps - recomputed
+        assert_close(before, loss_and_gradients(model))
+        assert not counters["graph_break"]
+        if compiled:  # two kinds of mixer, each with and without
+            assert graphs() <= 4
+    assert not any("forward" in vars(layer.mlp) for layer in model.model.layers)
+
+
+def test_a_bf16_residual_stream(tmp_path):
+    """Nearly the same first losses, and every layer's input is bf16."""
+    histories, seen = [], set()
+    for residual in ("float32", "bfloat16"):
+        trainer = make_trainer(tmp_path / residual, precision="bf16", residual_dtype=residual)
+        layer = decoder_layers(trainer.model)[-1]
+        layer.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
+        histories.append([row["loss"] for row in trainer.fit()])
+    assert seen == {torch.float32, torch.bfloat16}
+    assert histories[0] != histories[1] and histories[0] == pytest.approx(histories[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("recomputed", [0, 2, 4])
 def test_all_layers_share_one_graph(recomputed, lean):

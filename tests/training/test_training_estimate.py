@@ -64,15 +64,22 @@ def test_activations_of_compiled_layers_within_a_fifth(make, precision, kept):
     model = make().train()
     backend = "aot_eager_decomp_partition"
     plan = ActivationPlan(kept, recomputed=1)
-    measured = []
+    measured, thin = [], []
     for tokens in (256, 512):
-        torch._dynamo.reset()
-        with causal_without_masks(model), fast_layers(model, compiled=True, lean=kept == "lean", backend=backend):
-            measured.append(_saved_bytes(model, tokens, precision))
+        for mlps, sizes in ((0, measured), (2, thin)):
+            torch._dynamo.reset()
+            fast = fast_layers(model, compiled=True, lean=kept == "lean", recomputed_mlps=mlps, backend=backend)
+            with causal_without_masks(model), fast:
+                sizes.append(_saved_bytes(model, tokens, precision))
     per_token = (measured[1] - measured[0]) / 256
     arch = normalise(model.config.to_dict())
     assert 0.8 < activation_bytes_per_token(arch, precision, ActivationPlan(kept)) / per_token < 1.25
     assert 0.8 < activation_bytes(arch, 512, precision, ActivationPlan(kept)) / measured[1] < 1.25
+    if kept == "lean":
+        saved = activation_bytes_per_token(arch, precision, ActivationPlan(kept)) - activation_bytes_per_token(
+            arch, precision, ActivationPlan(kept, 0, 2)
+        )
+        assert 0.7 < saved / (per_token - (thin[1] - thin[0]) / 256) < 1.3
     assert activation_bytes_per_token(arch, precision, plan) < activation_bytes_per_token(
         arch, precision, ActivationPlan(kept)
     )
@@ -108,10 +115,12 @@ def test_a_budget_buys_the_least_recomputation_that_fits():
 
     assert plan(None) == plan(100) == ActivationPlan("compiled") and plan(None, False) == ActivationPlan("eager")
     assert plan(6.5) == ActivationPlan("lean") and 5 < size(plan(6.5)) < 6.5 < size(plan(None))
-    assert plan(5).kept == "lean" and 0 < plan(5).recomputed < 30
-    fewer = ActivationPlan("lean", plan(5).recomputed - 1)
-    assert size(plan(5)) <= 5 < size(fewer)
-    assert plan(10, compiled=False).recomputed > plan(12, compiled=False).recomputed > 0
+    assert plan(5).kept == "lean" and 0 < plan(5).recomputed_mlps < 30 and plan(5).recomputed == 0
+    assert size(plan(5)) <= 5 < size(ActivationPlan("lean", 0, plan(5).recomputed_mlps - 1))
+    assert plan(2).recomputed_mlps == 30 and size(plan(2)) <= 2 < size(
+        ActivationPlan("lean", plan(2).recomputed - 1, 30)
+    )
+    assert plan(10, compiled=False).recomputed_mlps > plan(12, compiled=False).recomputed_mlps > 0
     assert plan(0.01).recomputed == plan(None, everything=True).recomputed == 30
 
 

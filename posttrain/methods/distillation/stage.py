@@ -190,6 +190,8 @@ def _record(
         micro_batch=cfg.micro_batch(),
         compiled=trainer.compiles,
         recomputed_layers=trainer.activation_plan().recomputed,
+        recomputed_mlps=trainer.activation_plan().recomputed_mlps,
+        captured=trainer.captures,
     )
 
 
