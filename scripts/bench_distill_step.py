@@ -87,7 +87,7 @@ class Clock(TrainerCallback):
         _synchronize(self.device)
         pairs = list(zip(self.marks[self.warmup - 1 :], self.marks[self.warmup :], strict=False))
         if not pairs:
-            raise SystemExit(f"{len(self.marks)} steps in the time limit, {self.warmup} of them warm-up: give more")
+            raise TimeoutError(f"{len(self.marks)} steps in the time limit, {self.warmup} of them warm-up: give more")
         cuda = self.device.type == "cuda"
         times = [a.elapsed_time(b) if cuda else (b - a) * 1e3 for a, b in pairs]
         median = statistics.median(times)
@@ -270,7 +270,7 @@ def main() -> None:
         family, settings = _settings(variant)
         try:
             found = {"ours": run_ours, "stock": run_stock}[family](options, settings)
-        except (ImportError, torch.cuda.OutOfMemoryError) as error:
+        except (ImportError, TimeoutError, torch.cuda.OutOfMemoryError) as error:
             print(f"{variant:48} {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         finally:
@@ -281,6 +281,8 @@ def main() -> None:
             f"{variant:48} {found['median_ms']:8.1f} ms {found['tokens_per_second']:10.0f} tokens/s {peak} "
             f"warm-up {found['warmup_seconds']:.0f} s, loss {found['first_loss']:.4f} {found.get('plan', '')}"
         )
+        if options.csv:
+            _write_csv(options, rows, where)
     parts = {}
     for variant in [name for name in options.variants if options.parts and name.startswith("ours")]:
         parts[variant] = run_parts(options, _settings(variant)[1])
@@ -289,12 +291,10 @@ def main() -> None:
     if options.json:
         document = {"weights": weights, "gpu": where, "batch": options.batch, "sequence": options.sequence}
         Path(options.json).write_text(json.dumps({**document, "rows": rows, "parts": parts}, indent=1) + "\n")
-    if options.csv:
-        _write_csv(options, rows, where)
 
 
 def _write_csv(options: argparse.Namespace, rows: list[dict[str, Any]], gpu: str) -> None:
-    """A row a variant; `correct`: the first loss is that of the first variant within 2 %."""
+    """A row for the last variant; `correct`: its first loss is that of the first variant within 2 %."""
     from benchmarks.harness import _version
     from benchmarks.results import write_rows
 
@@ -308,7 +308,7 @@ def _write_csv(options: argparse.Namespace, rows: list[dict[str, Any]], gpu: str
             {**fixed, **versions, "implementation": row["variant"], "direction": "step", "limit_ms": None}
             | {"median_ms": row["median_ms"], "peak_mib": row["peak_gib"] and row["peak_gib"] * 1024}
             | {"correct": abs(row["first_loss"] / rows[0]["first_loss"] - 1) < 0.02}
-            for row in rows
+            for row in rows[-1:]
         ],
     )
 
