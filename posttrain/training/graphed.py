@@ -66,11 +66,13 @@ class GraphedMicroStep:
             self._attach()
         # The graph takes memory of its own: what the calls before it left cached would be held twice.
         torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
+        graph = _new_graph(self)
         with torch.cuda.graph(graph, stream=self.stream):
             self._outputs = self._micro_step(self._inputs)
         if not self.accumulates:
             self._gradients = [(parameter, parameter.grad) for parameter in self._used]
+            for parameter in self._used:
+                parameter.grad = None
         self.graph = graph
 
     def _replay(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,3 +102,8 @@ class GraphedMicroStep:
 
 def _shapes(inputs: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (value.shape, value.dtype) for name, value in inputs.items()}
+
+
+def _new_graph(step: GraphedMicroStep) -> Any:
+    """The graph to capture into; tests put another in its place, which needs the step."""
+    return torch.cuda.CUDAGraph()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from training_world import make_mixed, make_model, make_trainer, requires_cuda
 
 from posttrain.errors import StageError
+from posttrain.training import graphed
+from posttrain.training.graphed import GraphedMicroStep
 
 
 def test_a_graph_is_refused_where_it_cannot_be(tmp_path):
@@ -25,7 +29,11 @@ def test_auto_leaves_dropout_alone(tmp_path, dropout):
 
 @pytest.mark.gpu
 @requires_cuda
-@pytest.mark.parametrize("settings", [{}, {"compile": "layers"}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"micro_batch_size": 4}, {"micro_batch_size": 4, "compile": "layers"}, {"gradient_checkpointing": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("make", [make_model, make_mixed])
 def test_graphed_training_equals_eager_training(tmp_path, make, settings):
     outcomes = []
@@ -43,27 +51,96 @@ def test_graphed_training_equals_eager_training(tmp_path, make, settings):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4), name
 
 
-@pytest.mark.gpu
-@requires_cuda
-def test_a_batch_of_another_shape_runs_without_the_graph():
-    from posttrain.training.graphed import GraphedMicroStep
+class _Capture:
+    """Stands for a CUDA graph on a CPU: capturing computes nothing, replaying computes into the same memory."""
 
-    weight = torch.nn.Parameter(torch.randn(5, device="cuda"))
-    unused = torch.nn.Parameter(torch.ones(2, device="cuda"))
+    def __init__(self, step: GraphedMicroStep) -> None:
+        self.step = step
+        self.held: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> None:
+        self.held = [(p, p.grad, p.grad.clone()) for p in self.step.parameters if p.grad is not None]
+
+    def __exit__(self, *_: object) -> None:
+        for _, memory, value in self.held:
+            memory.copy_(value)
+        before = {parameter for parameter, *_ in self.held}
+        for parameter in self.step.parameters:
+            if parameter.grad is not None and parameter not in before:
+                parameter.grad.fill_(float("nan"))
+
+    def replay(self) -> None:
+        static = self.step._outputs
+        if not self.step.accumulates:
+            for parameter, _ in self.step._gradients:
+                parameter.grad = None
+        loss, parts = self.step._micro_step(self.step._inputs)
+        static[0].copy_(loss)
+        for name, value in parts.items():
+            static[1][name].copy_(value)
+        for parameter, memory in self.step._gradients:
+            if parameter.grad is not memory:
+                memory.copy_(parameter.grad)
+                parameter.grad = memory
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """`cuda`, or a CPU that pretends, so that the bookkeeping is tested everywhere."""
+    if request.param == "cuda":
+        return "cuda"
+    graphs = []
+
+    class Stream:
+        def wait_stream(self, _: object) -> None:
+            pass
+
+    def capture(step):
+        graphs.append(_Capture(step))
+        return graphs[-1]
+
+    for name, stand_in in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "empty_cache": lambda: None,
+        "graph": lambda graph, stream: graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(graphed, "_new_graph", capture)
+    return "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, requires_cuda])], indirect=True)
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_gradients_are_those_of_plain_backward(device, micro_batches):
+    """Whatever the shapes in between, and with a parameter that takes no part."""
+    weight = torch.nn.Parameter(torch.randn(5, device=device))
+    unused = torch.nn.Parameter(torch.ones(2, device=device))
 
     def compute(inputs):
         loss = (inputs["x"] @ weight).square().sum()
         return loss, {"twice": 2 * loss}
 
-    step = GraphedMicroStep(compute, [weight, unused])
-    for size in (4, 4, 4, 4, 7, 4):
-        x = torch.randn(size, 5, device="cuda")
+    step = GraphedMicroStep(compute, [weight, unused], accumulates=micro_batches > 1)
+    for size in (4, 4, 4, 4, 7, 4, 4):
+        batches = [torch.randn(size, 5, device=device) for _ in range(micro_batches)]
         weight.grad = None
-        losses = []
-        for _ in range(2):  # accumulates
+        for x in batches:
             loss, parts = step({"x": x})
-            losses += [loss, parts["twice"] / 2]
-        expected = torch.autograd.grad(2 * compute({"x": x})[0], weight)[0]
-        assert torch.allclose(weight.grad, expected, rtol=1e-4)
-        assert all(torch.allclose(loss, compute({"x": x})[0].detach(), rtol=1e-4) for loss in losses)
+            expected = compute({"x": x})[0].detach()
+            assert torch.allclose(loss, expected, rtol=1e-4) and torch.allclose(parts["twice"], 2 * expected, rtol=1e-4)
+        total = sum(compute({"x": x})[0] for x in batches)
+        assert torch.allclose(weight.grad, torch.autograd.grad(total, weight)[0], rtol=1e-4)
+        with torch.no_grad():
+            weight -= 0.01 * weight.grad
     assert step.graph is not None and unused.grad is None
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_gradients_are_not_lost_in_silence(device):
+    weight = torch.nn.Parameter(torch.randn(5))
+    step = GraphedMicroStep(lambda inputs: ((inputs["x"] @ weight).sum(), {}), [weight], accumulates=False)
+    with pytest.raises(RuntimeError, match="would be lost"):
+        for _ in range(4):
+            step({"x": torch.randn(3, 5)})
