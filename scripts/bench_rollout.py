@@ -5,8 +5,10 @@
     python scripts/bench_rollout.py --shape tiny --prompts 4 --new-tokens 8 --peers   # a CPU is enough
 
 Everything is measured in one run: the median of `--repeats` after a warm-up, whose seconds are given too (for us:
-packing the weights, compiling kernels, capturing the step). A *token* is one step of the whole batch. Rows go to the
-benchmarks' CSV; without a GPU none is stored unless --out is given.
+packing weights, compiling kernels, capturing the step). Sizes share the process and the compilers' caches: the first
+one's warm-up compiles what the caches on disk do not hold, a later one's what is new for its shapes. For a cold warm-up
+give one size a run, and empty folders as TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR. A *token* is one step of the
+whole batch. Rows go to the benchmarks' CSV; without a GPU none is stored unless --out is given.
 """
 # ruff: noqa: E402  (the checkout comes first on the path)
 
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         results += [_peer(name, model, rows, args) for name in (PEERS if args.peers else ())]
         wrong |= results[0].correct is False
         limit = limit_ms(model, rows, args.new_tokens, run.ceilings)
-        _print(label, results, limit)
+        _print(label, results, limit, first=prompts == args.prompts[0])
         if out:
             csv_rows = [row for result in results for row in _rows(result, label, model, args, limit, run)]
             write_rows(out / "rollout.csv", csv_rows)
@@ -170,8 +172,14 @@ def _rows(
     return rows
 
 
-def _print(label: str, results: list[Result], limit: float) -> None:
+def _print(label: str, results: list[Result], limit: float, first: bool) -> None:
     print(f"\n{label}, {results[0].prompts} prompts (memory traffic alone: {limit:.3f} ms a token)")
+    known = (
+        "compiles what the caches on disk do not hold"
+        if first
+        else "finds what earlier sizes compiled, where their shapes allow"
+    )
+    print(f"  warm-up {known}")
     for result in results:
         if result.reason:
             print(f"  {result.name:24} {result.reason}")

@@ -2,7 +2,9 @@
 
 Shapes are SmolLM2-135M's and Llama-3.2-1B's, with latent caches of the widths below for latent attention. Activations
 stay in the L2 cache from call to call, as they do behind the projection that wrote them; caches of keys and values do
-not: calls rotate among copies that exceed it. Every fourth part of a row's slots is padding on average.
+not: calls rotate among copies that exceed it. Every fourth part of a row's slots is padding on average. Each
+implementation has copies of its own, so that none finds what another wrote into a cache. Peers of attention are given
+their mask ready made (additive for SDPA, which would convert another at every call): a model makes it once a token.
 
 Limit: the bytes of inputs and outputs over the measured copy rate. Below about 2 microseconds the launch binds.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,15 +72,20 @@ def _case(
     reference: Callable[..., Any],
     count: float,
     copies: int = 1,
+    prepare: Mapping[str, Callable[..., tuple]] | None = None,
 ) -> Case:
-    """A case of functions of the same arguments; `count` bytes moved; tensors rotate among `copies` equal ones."""
+    """A case of functions of the same arguments; `count` bytes moved; tensors rotate among `copies` equal ones.
+
+    `prepare` makes the arguments of an implementation from the inputs, before its calls are measured.
+    """
+    prepare = prepare or {}
     return Case(
         operator=operator,
         shape=shape,
         dtype=str(dtype_for(device)).removeprefix("torch."),
         direction="fwd",
         inputs=inputs,
-        implementations={name: _rotating(function, copies) for name, function in functions.items()},
+        implementations={name: _rotating(function, copies, prepare.get(name)) for name, function in functions.items()},
         reference=lambda given: _named(reference(*(_wide(value) for value in given))),
         limit_ms=lambda ceilings: ceilings.bytes_ms(count),
         graph_calls=GRAPH_CALLS,
@@ -86,12 +93,17 @@ def _case(
     )
 
 
-def _rotating(function: Callable[..., Any], copies: int) -> Callable[[tuple], tuple]:
-    """Call after call takes the next copy of the arguments; the values are equal, the memory is not."""
+def _rotating(
+    function: Callable[..., Any], copies: int, prepare: Callable[..., tuple] | None = None
+) -> Callable[[tuple], tuple]:
+    """Call after call takes the next copy of the arguments; the values are equal, the memory is not.
+
+    The inputs themselves are never used: what an implementation writes must not be there for the next.
+    """
 
     def implementation(given: tuple) -> tuple[Callable[[], Any], Callable[[Any], dict[str, Tensor]]]:
-        sets = [given, *(_copy(given) for _ in range(copies - 1))]
-        turn = itertools.cycle(sets)
+        sets = [_copy(given) for _ in range(copies)]
+        turn = itertools.cycle(sets if prepare is None else [prepare(*copy) for copy in sets])
         return (lambda: function(*next(turn))), _named
 
     return implementation
@@ -182,9 +194,9 @@ def _grouped_attention(model: Model, rows: int, device: torch.device) -> Case:
         q, length = _randn(device, rows, model.heads, model.head), torch.tensor(CAPACITY, device=device)
         return q, *caches, _starts(rows, device), length, model.head**-0.5
 
-    def sdpa(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, length: Tensor, scale: float) -> Tensor:
+    def sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
         keys, values = (cache.repeat_interleave(model.heads // model.shared, dim=1) for cache in (keys, values))
-        return _sdpa(q, keys, values, start, length, scale)
+        return _sdpa(q, keys, values, mask, scale)
 
     def sdpa_gqa(*given: Any) -> Tensor:
         return _sdpa(*given, enable_gqa=True)
@@ -203,16 +215,25 @@ def _grouped_attention(model: Model, rows: int, device: torch.device) -> Case:
         decode_attention_reference,
         moved,
         min(copies, GRAPH_CALLS),
+        {"sdpa": _sdpa_arguments, "sdpa_gqa": _sdpa_arguments},
     )
 
 
-def _sdpa(
-    q: Tensor, keys: Tensor, values: Tensor, start: Tensor, length: Tensor, scale: float, **options: Any
-) -> Tensor:
-    slots = torch.arange(keys.shape[2], device=q.device)
-    mask = ((slots >= start[:, None]) & (slots < length))[:, None, None]
+def _sdpa(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, **options: Any) -> Tensor:
     attend = nn.functional.scaled_dot_product_attention
     return attend(q.unsqueeze(2), keys, values, attn_mask=mask, scale=scale, **options).squeeze(2)
+
+
+def _outside(cache: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """[B, S], true where a row has no slot."""
+    slots = torch.arange(cache.shape[2], device=cache.device)
+    return (slots < start[:, None]) | (slots >= length)
+
+
+def _sdpa_arguments(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, length: Tensor, scale: float) -> tuple:
+    """Bounds become an additive mask [B, 1, 1, S]."""
+    outside = _outside(keys, start, length)[:, None, None]
+    return q, keys, values, torch.zeros_like(outside, dtype=q.dtype).masked_fill(outside, -torch.inf), scale
 
 
 def _latent_attention(model: Model, rows: int, device: torch.device) -> Case:
@@ -236,10 +257,19 @@ def _latent_attention(model: Model, rows: int, device: torch.device) -> Case:
         decode_attention_reference,
         moved,
         min(copies, GRAPH_CALLS),
+        {"eager": _absorbed_arguments},
     )
 
 
-def _absorbed(
+def _absorbed(q: Tensor, latent: Tensor, outside: Tensor, scale: float, q_rope: Tensor, k_rope: Tensor) -> Tensor:
+    """The products of the model's own absorbed path."""
+    latent, k_rope = latent.squeeze(1), k_rope.squeeze(1)
+    scores = torch.baddbmm(torch.bmm(q_rope, k_rope.transpose(1, 2)), q, latent.transpose(1, 2)).float() * scale
+    weights = scores.masked_fill(outside, torch.finfo(scores.dtype).min).softmax(dim=-1).to(latent.dtype)
+    return torch.bmm(weights, latent)
+
+
+def _absorbed_arguments(
     q: Tensor,
     latent: Tensor,
     _: Tensor,
@@ -248,11 +278,6 @@ def _absorbed(
     scale: float,
     q_rope: Tensor,
     k_rope: Tensor,
-) -> Tensor:
-    """The products of the model's own absorbed path."""
-    latent, k_rope = latent.squeeze(1), k_rope.squeeze(1)
-    slots = torch.arange(latent.shape[1], device=q.device)
-    seen = ((slots >= start[:, None]) & (slots < length))[:, None]
-    scores = torch.baddbmm(torch.bmm(q_rope, k_rope.transpose(1, 2)), q, latent.transpose(1, 2)).float() * scale
-    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(dim=-1).to(latent.dtype)
-    return torch.bmm(weights, latent)
+) -> tuple:
+    """Bounds become a mask [B, 1, S]."""
+    return q, latent, _outside(latent, start, length)[:, None], scale, q_rope, k_rope

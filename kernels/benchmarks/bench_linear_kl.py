@@ -1,15 +1,22 @@
 """Distillation loss from hidden states, forward and backward: mean over tokens of KL(teacher || student), T = 1.
 
+Operands are bf16, and all softmaxes fp32. What differs is whether the product rounds the logits to bf16 in between:
+
+| logits | implementations |
+|---|---|
+| bf16 | `posttrain` (operator default), `eager`, `liger_chunked*`, `liger_fused_jsd` (then cast to fp32), `fla*` |
+| fp32 | `posttrain_fp32_logits` (what distillation runs by default), `trl_chunked` |
+
 What the peers are, read in their sources (liger-kernel 0.8.5, fla-core 0.6.0, TRL 1.16.0):
 
 - `liger_chunked` (`LigerFusedLinearJSDLoss`, beta 0): mean over labelled tokens; gradients in the forward pass,
-  compiled, summed in bf16; bf16 logits. Chunks of 1,024 tokens by default; 4,096 is measured too, for its best.
-- `liger_fused_jsd` (`LigerFusedLinearJSD`, beta 0): mean over tokens, fp32 logits, gradients summed in bf16; its chunks
-  are about N·D/V tokens on Hopper.
-- `trl_chunked` (`ChunkedDivergenceFunction`, beta 0): per token; fp32 logits, projects both models twice (6 products).
-- `fla` (`FusedKLDivLoss`): mean over tokens, bf16 logits; the head's gradient is an fp32 product by default, which is
-  slow; `fla_bf16_sum` turns that off. Arguments: (student, teacher) hidden states, then (student, teacher) heads.
-- `eager`: full logits, fp32 softmax.
+  compiled, summed in bf16. Chunks of 1,024 tokens by default; 4,096 is measured too, for its best.
+- `liger_fused_jsd` (`LigerFusedLinearJSD`, beta 0): mean over tokens, gradients summed in bf16; its chunks are about
+  N·D/V tokens on Hopper.
+- `trl_chunked` (`ChunkedDivergenceFunction`, beta 0): per token; projects both models twice (6 products).
+- `fla` (`FusedKLDivLoss`): mean over tokens; the head's gradient is an fp32 product by default, which is slow;
+  `fla_bf16_sum` turns that off. Arguments: (student, teacher) hidden states, then (student, teacher) heads.
+- `eager`: full logits of all tokens.
 
 Limit: 4 products of tokens x vocabulary x width (two projections, two gradients) at the measured rate.
 """
@@ -46,6 +53,7 @@ def _case(tokens: int, vocab: int, width: int, device: torch.device) -> Case:
         inputs=lambda: random_heads(tokens, vocab, width, device),
         implementations={
             OURS: ours,
+            f"{OURS}_fp32_logits": lambda heads: ours(heads, torch.float32),
             "eager": eager,
             "liger_chunked": lambda heads: liger_chunked(heads, 1024),
             "liger_chunked_4096": lambda heads: liger_chunked(heads, 4096),
@@ -60,8 +68,8 @@ def _case(tokens: int, vocab: int, width: int, device: torch.device) -> Case:
     )
 
 
-def ours(heads: Heads) -> Prepared:
-    """`posttrain_kernels.linear_kl`, mean as the trainer takes it: by token weights."""
+def ours(heads: Heads, logits_dtype: torch.dtype | None = None) -> Prepared:
+    """`posttrain_kernels.linear_kl`; the mean is taken by weights of the tokens."""
     from posttrain_kernels.linear_kl import linear_kl
 
     tokens = heads.student_h.shape[0]
@@ -76,6 +84,7 @@ def ours(heads: Heads) -> Prepared:
                 heads.teacher_w,
                 divergence="forward_kl",
                 weights=weights,
+                logits_dtype=logits_dtype,
             ).loss
         ),
     )

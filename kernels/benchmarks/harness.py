@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, MeasuredCeilings, measure_ceilings
-from benchmarks.results import COLUMNS, newest, read_rows, write_rows
+from benchmarks.results import COLUMNS, OURS, is_ours, newest, read_rows, write_rows
 from benchmarks.timing import Timing, measure, peak_mib, poison_free_memory
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Measurement",
     "Run",
     "ceiling_rows",
+    "is_ours",
     "measure",
     "measure_ceilings",
     "newest",
@@ -48,9 +49,6 @@ __all__ = [
     "write_rows",
 ]
 
-OURS = "posttrain"
-"""The name of our implementation in every case; all other names are peers."""
-
 Outputs = Mapping[str, Tensor]
 Implementation = Callable[[Any], tuple[Callable[[], Any], Callable[[Any], Outputs]]]
 
@@ -60,8 +58,9 @@ class Case:
     """One operator at one size, with everything to compare.
 
     Attributes:
-        inputs: makes fresh random inputs on the device; called once for all implementations.
-        implementations: name to a function of the inputs, see the module; ours is called `posttrain`.
+        inputs: makes fresh random inputs on the device; called once for all implementations, so that one which writes
+            to an input must copy it first: the next would find its results there.
+        implementations: name to a function of the inputs, see the module; ours are those of `results.is_ours`.
         reference: a function of the inputs that gives the expected outputs in higher precision.
         limit_ms: the least time physics allows, from the ceilings measured in this run; None when there is none.
         tolerance: largest allowed ‖out − ref‖ / ‖ref‖, for all outputs or by name.
@@ -132,7 +131,7 @@ class Measurement:
 
     def ours_is_bad(self) -> bool:
         """Our implementation is wrong or did not run."""
-        return self.implementation == OURS and not self.correct
+        return is_ours(self.implementation) and not self.correct
 
 
 def run_case(case: Case, run: Run, only: Collection[str] | None = None) -> list[Measurement]:

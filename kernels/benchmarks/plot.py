@@ -1,13 +1,15 @@
 """Draw the benchmark CSVs: `python kernels/benchmarks/plot.py [--results DIR] [--out DIR]`.
 
-One `bench_<operator>.png` an operator, bars of the newest run of each size and GPU. Wrong results are drawn hatched and
-named so; what did not run is named without a bar; the dashed line is the physical limit.
+One `bench_<operator>.png` an operator, bars of the newest run of each size and GPU that has something to compare.
+Wrong results are drawn hatched and named so, unchecked ones (a peer's samples) are named so; what did not run is named
+without a bar; the dashed line is the physical limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -16,11 +18,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.results import newest, read_rows
+from benchmarks.results import is_ours, newest, read_rows
 
 Row = dict[str, str]
+CHECKED = {"true": "", "false": ", WRONG", "": ", not checked"}
 OURS_COLOUR, PEER_COLOUR, WRONG_COLOUR = "#0072b2", "#999999", "#d55e00"
-OURS = "posttrain"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "results")
     args = parser.parse_args(argv)
     for path in sorted(args.results.glob("*.csv")):
-        if path.stem != "ceilings":
-            print(draw(newest(read_rows(path)), args.out / f"bench_{path.stem}.png"))
+        if path.stem != "ceilings" and (rows := _compared(newest(read_rows(path)))):
+            print(draw(rows, args.out / f"bench_{path.stem}.png"))
     return 0
+
+
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    """The rows of cases that have more than one implementation."""
+    counts = Counter(_case(row) for row in rows)
+    return [row for row in rows if counts[_case(row)] > 1]
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
@@ -67,8 +75,8 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
     rows = sorted(rows, key=lambda row: _number(row["median_ms"], float("inf")))
     times = [_number(row["median_ms"], 0.0) for row in rows]
     for place, (row, time) in enumerate(zip(rows, times, strict=True)):
-        wrong = row["correct"] != "true"
-        colour = WRONG_COLOUR if wrong else OURS_COLOUR if row["implementation"] == OURS else PEER_COLOUR
+        wrong = row["correct"] == "false"
+        colour = WRONG_COLOUR if wrong else OURS_COLOUR if is_ours(row["implementation"]) else PEER_COLOUR
         axis.barh(place, time, color=colour, hatch="///" if wrong else None, edgecolor="white")
         axis.text(time, place, " " + _label(row), va="center", fontsize=7)
     axis.set_yticks(range(len(rows)), [row["implementation"] for row in rows], fontsize=8)
@@ -85,7 +93,7 @@ def _label(row: Row) -> str:
     if not row["median_ms"]:
         return "did not run"
     memory = f", {_number(row['peak_mib'], 0.0):.0f} MiB" if row["peak_mib"] else ""
-    return f"{_number(row['median_ms'], 0.0):.3g} ms{memory}" + ("" if row["correct"] == "true" else ", WRONG")
+    return f"{_number(row['median_ms'], 0.0):.3g} ms{memory}" + CHECKED[row["correct"]]
 
 
 def _number(text: str, default: float) -> float:

@@ -23,6 +23,14 @@ COLUMNS = (
     "date",
 )
 
+OURS = "posttrain"
+"""The name of our implementation; other settings of it are `posttrain_<setting>`, and all other names are peers."""
+
+
+def is_ours(implementation: str) -> bool:
+    """Whether a name is our implementation, in whatever setting."""
+    return implementation == OURS or implementation.startswith(f"{OURS}_")
+
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append measurements to a CSV, with a header if the file is new.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from benchmarks.harness import OURS, Measurement
+from benchmarks.harness import Measurement, is_ours
 
 HEAD = ("operator", "implementation", "median ms", "p10-p90", "peak MiB", "x best peer", "x limit", "error", "verdict")
 
@@ -26,7 +26,7 @@ def table(results: Iterable[Measurement]) -> str:
 
 def best_peer(results: Sequence[Measurement]) -> Measurement | None:
     """The fastest implementation of others whose numbers are right; None when there is none."""
-    peers = [result for result in results if result.implementation != OURS and result.correct and result.timing]
+    peers = [result for result in results if not is_ours(result.implementation) and result.correct and result.timing]
     return min(peers, key=lambda result: result.timing.median_ms, default=None)
 
 

@@ -21,7 +21,10 @@ def command(
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Most tokens of an answer.")
     ] = 512,
     temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", min=0.0, help="0 always takes the likeliest token.")
+        float,
+        typer.Option(
+            "--temperature", metavar="T", min=0.0, help="0 always takes the likeliest token; else 0.0001 to 10000."
+        ),
     ] = 0.7,
     top_p: Annotated[
         float, typer.Option("--top-p", metavar="P", min=0.0, max=1.0, help="Draw from the likeliest tokens only.")

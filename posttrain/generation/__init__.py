@@ -9,7 +9,7 @@ _EXPORTS = {
     "Sampling": "settings",
     "DecodeEngine": "engine",
     "Generated": "engine",
-    "unsupported": "weights",
+    "unsupported": "support",
 }
 
 

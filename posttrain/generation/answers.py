@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
-from posttrain.errors import fail
+from posttrain.errors import StageError, fail
 from posttrain.generation.engine import DecodeEngine
-from posttrain.generation.sampling import Sampling
-from posttrain.generation.weights import unsupported
+from posttrain.generation.fallback import generate_by_transformers
+from posttrain.generation.settings import Sampling
+from posttrain.generation.support import unsupported
+from posttrain.generation.tokens import stop_tokens
 
 log = logging.getLogger(__name__)
 
@@ -19,25 +22,38 @@ MOST_TOKENS = 4096
 """Cache slots of a conversation where the model allows more: memory is taken at the start, not as the text grows."""
 
 OnText = Callable[[str], None]
+Turns = list[dict[str, str]]
 
 
 class Conversation:
     """Turns with one model, through its chat template; without one, a text that is continued.
 
     Attributes:
+        turns: what was said and answered; a turn that failed is not among them.
         forgotten: turns that were dropped from the beginning because the conversation outgrew the cache.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_tokens: int = MOST_TOKENS) -> None:
+        """Allocate the cache of `max_tokens`, or as many as the model has positions.
+
+        Raises:
+            StageError: there is no room for a prompt and an answer.
+        """
         limit = getattr(model.config, "max_position_embeddings", None) or max_tokens
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, min(max_tokens, limit)
+        if self.max_tokens < 2:
+            fail(
+                f"a conversation of {self.max_tokens} token has no room for a prompt and an answer",
+                where="max_position_embeddings in the model's config.json",
+                fix="choose another model",
+            )
         self.stop = stop_tokens(model, tokenizer)
         self.engine: DecodeEngine | None = None
         if reason := unsupported(model):
             log.warning("answers are written by transformers' generate: the fast decoder does not support %s", reason)
         else:
             self.engine = DecodeEngine(model, 1, self.max_tokens, dtype=model.dtype, share=True)
-        self.turns: list[dict[str, str]] = []
+        self.turns: Turns = []
         self.answers = self.forgotten = 0
 
     def reset(self) -> None:
@@ -51,10 +67,10 @@ class Conversation:
         KeyboardInterrupt ends the answer, which stays as far as it came.
 
         Raises:
-            StageError: the turn alone is too long for the cache.
+            StageError: the turn alone is too long for the cache, or the chat template refuses it. As after any other
+                error, the conversation is what it was before.
         """
-        self.turns.append({"role": "user", "content": text})
-        prompt = self._fitting_prompt(sampling)
+        turns, prompt = self._fitting_prompt([*self.turns, {"role": "user", "content": text}], sampling)
         sampling = sampling.model_copy(
             update={"stop": self.stop, "max_new_tokens": min(sampling.max_new_tokens, self.max_tokens - len(prompt))}
         )
@@ -66,52 +82,44 @@ class Conversation:
             pass
         self.answers += 1
         answer = words.end()
-        self.turns.append({"role": "assistant", "content": answer})
+        self.forgotten += (len(self.turns) + 1 - len(turns)) // 2
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 
-    def _fitting_prompt(self, sampling: Sampling) -> list[int]:
-        """The conversation as tokens, its oldest turns dropped until an answer of some length fits."""
+    def _fitting_prompt(self, turns: Turns, sampling: Sampling) -> tuple[Turns, list[int]]:
+        """The newest turns, and their tokens: the oldest are left out until an answer of some length fits."""
         room = min(sampling.max_new_tokens, max(1, self.max_tokens // 4))
-        while True:
-            prompt = self._tokens()
+        for first in range(0, len(turns), 2):
+            prompt = self._tokens(turns[first:])
             if not prompt:
                 fail("there is nothing to continue: the prompt has no tokens", fix="write something")
             if len(prompt) + room <= self.max_tokens:
-                return prompt
-            if len(self.turns) == 1:
-                self.turns = []
-                fail(
-                    f"this turn has {len(prompt)} tokens; with an answer of {room} that exceeds {self.max_tokens}",
-                    fix="shorten it, or lower --max-new-tokens",
-                )
-            self.turns, self.forgotten = self.turns[2:], self.forgotten + 1
+                return turns[first:], prompt
+        left = self.max_tokens - len(prompt)
+        raise StageError(
+            f"this turn has {len(prompt)} tokens; with an answer of {room} that exceeds {self.max_tokens}",
+            fix=f"shorten it, or ask for less: --max-new-tokens {left}" if left > 0 else "shorten it",
+        )
 
-    def _tokens(self) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(self.turns, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer("\n".join(turn["content"] for turn in self.turns))["input_ids"]
+    def _tokens(self, turns: Turns) -> list[int]:
+        if not getattr(self.tokenizer, "chat_template", None):
+            return self.tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise StageError(
+                f"the model's chat template refuses this conversation: {error}",
+                where="chat_template of the model's tokenizer",
+                fix="correct the template; without one, the model continues the text",
+            ) from error
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _by_engine(self, prompt: list[int], sampling: Sampling, words: Words) -> None:
         self.engine.generate([prompt], sampling, row_ids=[self.answers], on_step=lambda new: words.add(new[0]))
 
-    @torch.inference_mode()
     def _by_transformers(self, prompt: list[int], sampling: Sampling, words: Words) -> None:
-        from transformers import GenerationConfig
-
-        drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        config = GenerationConfig(
-            do_sample=not sampling.greedy,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=list(sampling.stop) or None,
-            pad_token_id=sampling.stop[0] if sampling.stop else 0,
-            **({} if sampling.greedy else drawn),
-        )
-        torch.manual_seed(sampling.seed + self.answers)
-        ids = torch.tensor([prompt], device=self.model.device)
-        self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=_Streamer(words)
-        )
+        sampling = sampling.model_copy(update={"seed": sampling.seed + self.answers})
+        generate_by_transformers(self.model, [prompt], sampling, streamer=_Streamer(words))
 
 
 class Words:
@@ -157,11 +165,3 @@ class _Streamer:
 
     def end(self) -> None:
         pass
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer: those of the generation settings and the tokenizer's EOS."""
-    eos = model.generation_config.eos_token_id
-    own = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
-    found = dict.fromkeys([*own, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
-    return tuple(token for token in found if token < model.config.vocab_size)

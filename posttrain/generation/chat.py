@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from posttrain.errors import EXIT_DONE, EXIT_INTERRUPTED, PosttrainError
-from posttrain.generation.answers import Conversation
-from posttrain.generation.sampling import Sampling
+from posttrain.errors import EXIT_DONE, EXIT_INTERRUPTED, PosttrainError, RecipeError
+
+# torch comes with these: it is imported in `main`, where a Ctrl-C during the seconds that it takes ends in one line.
+if TYPE_CHECKING:
+    from posttrain.generation.answers import Conversation
+    from posttrain.generation.settings import Sampling
 
 HELP = "/reset forgets the conversation, /exit ends it; Ctrl-C cuts an answer short"
 
@@ -16,25 +21,27 @@ HELP = "/reset forgets the conversation, /exit ends it; Ctrl-C cuts an answer sh
 def main(arguments: list[str] | None = None) -> int:
     """Chat with the model of a folder; the exit code."""
     options = _parse(arguments)
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    _replace_what_is_no_text()
     try:
+        sampling = _sampling(options)
         conversation = _open(options.folder)
-        if options.prompt is not None:
-            conversation.ask(options.prompt, sampling, _write)
-            print()
-            return EXIT_DONE
-        return converse(conversation, sampling)
+        if options.prompt is None:
+            return converse(conversation, sampling)
+        # An argument that is not UTF-8 comes as lone surrogates, which no tokenizer takes.
+        prompt = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        conversation.ask(prompt, sampling, _write)
+        print(flush=True)
+        return EXIT_DONE
     except PosttrainError as error:
         print(f"posttrain: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print()
+        print(file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`posttrain chat … | head`). What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
 
 
 def converse(conversation: Conversation, sampling: Sampling) -> int:
@@ -72,10 +79,33 @@ def _answer(conversation: Conversation, text: str, sampling: Sampling) -> None:
         print(f"posttrain: {said}", file=sys.stderr)
 
 
+def _sampling(options: argparse.Namespace) -> Sampling:
+    from pydantic import ValidationError
+
+    from posttrain.generation.settings import Sampling
+
+    fields = ("max_new_tokens", "temperature", "top_p", "seed")
+    try:
+        return Sampling(**{name: getattr(options, name) for name in fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "--" + str(first["loc"][0]).replace("_", "-")
+        why = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where} {first['input']} is refused: {why}", where) from None
+
+
+def _replace_what_is_no_text() -> None:
+    """Bytes that are not text, and characters that the terminal does not have, are shown as marks: no traceback."""
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def _open(folder: Path) -> Conversation:
     import torch
     from transformers.utils import logging
 
+    from posttrain.generation.answers import Conversation
     from posttrain.models.loading import load_model, load_tokenizer
 
     logging.disable_progress_bar()

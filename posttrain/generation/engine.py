@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import fail
 from posttrain.generation.decoder import Decoder
+from posttrain.generation.graphs import Captured
 from posttrain.generation.sampling import Sampling, choose, uniforms
 from posttrain.generation.state import WaveState
+from posttrain.generation.tokens import check_ids
 from posttrain.generation.weights import DecoderWeights
 
 STEPS_BETWEEN_LOOKS = 16
@@ -67,7 +69,7 @@ class DecodeEngine:
         Args:
             max_rows: most sequences decoded side by side; more prompts are answered in waves.
             max_tokens: cache slots of a row: prompt and new tokens together.
-            dtype: of weights, activations and caches; null is bf16 on a GPU and fp32 on a CPU.
+            dtype: of weights, activations and caches; null is bf16 on a GPU and fp32 on a CPU. fp64 on a CPU only.
             graphs: false runs each step as it is on a GPU too, instead of capturing it in a CUDA graph.
             share: keep the model's own tensors where they fit as they are (about half of the weights): less memory for
                 weights that do not change. `load` is then refused.
@@ -79,6 +81,8 @@ class DecodeEngine:
         if max_rows < 1 or max_tokens < 2:
             fail(f"a decoder needs a row and two tokens at least, not {max_rows} rows of {max_tokens} tokens")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if device.type == "cuda" and dtype == torch.float64:
+            fail("the decoder's kernels count in fp32: fp64 is for a CPU", fix="dtype=torch.float32")
         self.device, self.max_rows, self.max_tokens = device, max_rows, max_tokens
         self.graphs = device.type == "cuda" and graphs
         self.buckets = _buckets(max_rows, SMALLEST_BUCKET.get(device.type, 1))
@@ -88,7 +92,7 @@ class DecodeEngine:
             self.weights = DecoderWeights(model, max_tokens, dtype, share)
             self.decoder = Decoder(self.weights, max_rows, max_tokens)
             self.state = WaveState(max_rows, max_tokens, self.weights.arch["vocab_size"], device)
-        self._captured: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._captured = Captured()
         self._side: torch.cuda.Stream | None = None
         self._pool = None
 
@@ -117,7 +121,7 @@ class DecodeEngine:
                 ends the generation. It makes the host wait for every step.
 
         Raises:
-            StageError: a prompt is empty, or too long for the cache.
+            StageError: a prompt is empty, too long for the cache, or holds an id outside the vocabulary.
         """
         self._check(prompts, sampling, row_ids)
         # Prompts of like length together: little padding, and rows of a wave end their prefill in the same slot.
@@ -213,10 +217,7 @@ class DecodeEngine:
         if not self.graphs:
             self._step(rows, sampling)
             return
-        key = (rows, *sampling.program())
-        if key not in self._captured:
-            self._captured[key] = self._capture(rows, sampling)
-        self._captured[key].replay()
+        self._captured.get(sampling.program(), rows, lambda: self._capture(rows, sampling)).replay()
 
     def _step(self, rows: int, sampling: Sampling) -> None:
         """One token for the first `rows` rows. Works on static tensors alone and reads none of them on the host."""
@@ -254,9 +255,9 @@ class DecodeEngine:
             result.finished[number] = finished[place]
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling, row_ids: Sequence[int] | None) -> None:
+        vocabulary = self.weights.arch["vocab_size"]
+        check_ids(prompts, vocabulary)
         for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                fail(f"prompt {number} is empty", fix="begin it with the beginning-of-sequence token")
             if len(prompt) + sampling.max_new_tokens > self.max_tokens:
                 fail(
                     f"prompt {number} has {len(prompt)} tokens; with {sampling.max_new_tokens} new ones that exceeds "
@@ -265,7 +266,6 @@ class DecodeEngine:
                 )
         if row_ids is not None and len(row_ids) != len(prompts):
             fail(f"{len(row_ids)} row ids for {len(prompts)} prompts")
-        vocabulary = self.weights.arch["vocab_size"]
         if wrong := [token for token in sampling.stop if not 0 <= token < vocabulary]:
             fail(f"stop token {wrong[0]} is not in the vocabulary of {vocabulary}")
 

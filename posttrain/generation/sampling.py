@@ -26,12 +26,12 @@ def choose(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> tuple[t
     policy gradient needs. `u` [B], in [0, 1), decides the draw and is not looked at where greedy.
     """
     top = logits.amax(-1, keepdim=True).float()
-    scores = logits - top  # fp32 by promotion, largest 0
+    scores = logits - top  # fp32 by promotion (fp64 of fp64 logits), largest 0
     if sampling.greedy:
         token = logits.argmax(-1, keepdim=True)
         chosen = scores.gather(-1, token)
         log_total = scores.exp_().sum(-1, keepdim=True).log()
-        return token[:, 0], (chosen - log_total)[:, 0]
+        return token[:, 0], (chosen - log_total)[:, 0].float()
     if sampling.temperature != 1.0:
         scores.div_(sampling.temperature)
     if sampling.filters:
@@ -43,7 +43,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> tuple[t
         token = _search(weights, sums, u)[:, None]
         # Positive, because a token of weight zero is never drawn.
         chosen = weights.gather(-1, token).log()
-    return token[:, 0], (chosen - sums.sum(-1, keepdim=True).log())[:, 0]
+    return token[:, 0], (chosen - sums.sum(-1, keepdim=True).log())[:, 0].float()
 
 
 def filter_logits(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-4, 1e4
+"""Nearer to zero fp32 overflows, and 0 / 0 is NaN where the number rounds to zero; farther, all draws are uniform."""
 
 
 class Sampling(BaseModel):
@@ -13,7 +16,13 @@ class Sampling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_new_tokens: int = Field(128, ge=1, description="Most tokens written after each prompt.")
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="Logits are divided by it; 0 is greedy.")
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        le=MOST_TEMPERATURE,
+        allow_inf_nan=False,
+        description=f"Logits are divided by it: {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}; 0 is greedy.",
+    )
     top_k: int = Field(0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this probability.")
     min_p: float = Field(
@@ -21,6 +30,13 @@ class Sampling(BaseModel):
     )
     seed: int = Field(0, description="With the row's id and the step it decides every draw.")
     stop: tuple[int, ...] = Field((), description="Token ids that end a row; the one that did is part of its tokens.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _far_enough_from_zero(cls, value: float) -> float:
+        if 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(f"too close to zero (at least {LEAST_TEMPERATURE:g}); 0 = greedy")
+        return value
 
     @property
     def greedy(self) -> bool:

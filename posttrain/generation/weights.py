@@ -13,15 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain.errors import PosttrainError, StageError
+from posttrain.errors import StageError
+from posttrain.generation.support import unsupported
 from posttrain.models.architecture import mixers, normalise, per_layer
 
 Parts = tuple[torch.Tensor | None, ...]
 """Tensors that lie one below the other in one packed tensor; None stands for zeros (a bias that is not there)."""
 
 WHERE = "posttrain.generation"
-MOST_WIDTH = 512
-"""Widest key or latent of `decode_attention`'s kernels."""
 
 
 class Packed(NamedTuple):
@@ -29,27 +28,6 @@ class Packed(NamedTuple):
 
     parts: Parts
     rows: tuple[int, ...]
-
-
-def unsupported(model: PreTrainedModel) -> str | None:
-    """Why the decoder cannot run this model, or None if it can."""
-    try:
-        arch = normalise(model.config.to_dict())
-    except PosttrainError as error:
-        return error.problems[0].what
-    if arch["rope_parameters"]["rope_type"] == "dynamic":
-        return "rope_type 'dynamic': its frequencies change with the length of the text"
-    if arch["hidden_act"] not in ("silu", "swish"):
-        return f"hidden_act {arch['hidden_act']!r} (supported: silu)"
-    if not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "rotary_emb"):
-        return f"a {type(model).__name__}, which is not a causal language model of transformers' layout"
-    widest = max(arch["head_dim"], *([per_layer(arch["kv_lora_rank"], i) for i in _latent_layers(arch)] or [0]))
-    if model.device.type == "cuda" and widest > MOST_WIDTH:
-        return f"keys {widest} wide (at most {MOST_WIDTH} on a GPU)"
-    for name, module in model.named_modules():
-        if name.endswith("_proj") and type(module) is not nn.Linear:
-            return f"{name} is a {type(module).__name__} (merge the adapter, or take the quantisation off)"
-    return None
 
 
 class DecoderWeights:
@@ -151,10 +129,6 @@ def _architecture(model: PreTrainedModel) -> dict[str, Any]:
             f"the decoder does not support {reason}", where=WHERE, fix="generate with transformers: model.generate(…)"
         )
     return normalise(model.config.to_dict())
-
-
-def _latent_layers(arch: Mapping[str, Any]) -> list[int]:
-    return [index for index, kind in enumerate(mixers(arch)) if kind == "latent_attention"]
 
 
 def _all_layer_parts(model: PreTrainedModel, weights: DecoderWeights) -> list[dict[str, Packed]]:

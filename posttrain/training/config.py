@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
 
@@ -88,6 +88,15 @@ class TrainingConfig(StageConfig):
     keep_checkpoints: int = Field(
         2, ge=1, description="Newest complete checkpoints kept while training.", json_schema_extra=NOT_IN_KEY
     )
+
+    @model_validator(mode="after")
+    def _types_that_do_something(self) -> Self:
+        for name in ("residual_dtype", "logits_dtype"):
+            if getattr(self, name, "float32") == "bfloat16" and self.precision != "bf16":
+                raise ValueError(
+                    f"{name}=bfloat16 needs precision=bf16: with precision={self.precision} it does nothing"
+                )
+        return self
 
     @property
     def sequences_per_step(self) -> int:

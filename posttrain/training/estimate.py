@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.models.architecture import (
     cache_bytes_per_token,
@@ -17,8 +17,13 @@ from posttrain.models.architecture import (
     per_layer,
 )
 
+if TYPE_CHECKING:
+    from posttrain.training.config import TrainingConfig
+
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2}
 ADAM_MOMENTS = 2
+LOGITS_BYTES = 480 * 2**20
+"""Most that two fp32 buffers of logits take, `CHUNK_BYTES` of `posttrain_kernels.linear_kl` (which imports torch)."""
 
 Kept = Literal["eager", "compiled", "lean"]
 """What a layer keeps for its backward pass: all that autograd saves; what torch's compiler saves; the same without what
@@ -66,7 +71,7 @@ def training_memory(
         teacher: architecture of a frozen second model held beside it, with `teacher_bytes` per element.
     """
     head = arch["vocab_size"] * arch["hidden_size"]
-    chunk = min(chunk_tokens, micro_batch_tokens)
+    chunk = min(chunk_tokens, micro_batch_tokens, max(1, LOGITS_BYTES // (2 * 4 * arch["vocab_size"])))
     terms = {
         "weights": master_bytes * parameter_count(arch),
         "gradients": master_bytes * trainable,
@@ -111,6 +116,22 @@ def activation_plan(
     return next(fitting, plans[-1])
 
 
+def budget_notes(arch: Mapping[str, Any], tokens: int, config: TrainingConfig, plan: ActivationPlan) -> tuple[str, ...]:
+    """What the plan should say about an `activation_budget_gib` that has no effect or cannot be met."""
+    budget = config.activation_budget
+    if budget is None:
+        return ()
+    if config.gradient_checkpointing:
+        return ("activation_budget_gib has no effect beside gradient_checkpointing=true",)
+    kept = activation_bytes(arch, tokens, config.precision, plan)
+    if kept <= budget:
+        return ()
+    return (
+        f"activation_budget_gib={config.activation_budget_gib:g} cannot be met: with every layer recomputed "
+        f"{kept / 2**30:.1f} GiB stay; lower micro_batch_size",
+    )
+
+
 def activation_bytes(arch: Mapping[str, Any], tokens: int, precision: str, plan: ActivationPlan) -> int:
     """Bytes that a forward pass over `tokens` tokens leaves for the backward pass, bf16 copies of weights included."""
     copies = 0
@@ -118,8 +139,8 @@ def activation_bytes(arch: Mapping[str, Any], tokens: int, precision: str, plan:
         heads = 1 if arch["tie_word_embeddings"] else 2
         in_layers = parameter_count(arch) - heads * arch["vocab_size"] * arch["hidden_size"]
         share = (arch["num_hidden_layers"] - plan.recomputed) / arch["num_hidden_layers"]
-        # Autocast's own cache keeps every copy until the loss is computed; compiled layers keep those of kept layers.
-        copies = int(2 * in_layers * (share if plan.kept == "compiled" else 1))
+        # A product keeps the copy of its weight for the backward pass, as long as it is not computed again there.
+        copies = int(2 * in_layers * share)
     return copies + tokens * activation_bytes_per_token(arch, precision, plan)
 
 

@@ -67,7 +67,8 @@ class GraphedMicroStep:
         # The graph takes memory of its own: what the calls before it left cached would be held twice.
         torch.cuda.empty_cache()
         graph = _new_graph(self)
-        with torch.cuda.graph(graph, stream=self.stream):
+        # Other threads, such as the one that pins batches, may call the driver meanwhile.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self._outputs = self._micro_step(self._inputs)
         if not self.accumulates:
             self._gradients = [(parameter, parameter.grad) for parameter in self._used]

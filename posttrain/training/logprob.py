@@ -42,7 +42,7 @@ class TokenLogprobs(NamedTuple):
     """Per position, in fp32 and in nats, both with gradients.
 
     Attributes:
-        logprobs: log p(target), `[...]`; 0 without gradient where the target is negative.
+        logprobs: log p(target), `[...]`; 0 without gradient where the target is negative, NaN where it is V or more.
         entropy: −Σ p log p over the vocabulary, `[...]`; None if it was not asked for.
     """
 
@@ -63,7 +63,8 @@ def token_logprobs(
     Args:
         hidden: `[..., D]`, what the model's head multiplies (see `plain_head`), already shifted to predict `targets`.
         head_weight: `[V, D]`.
-        targets: `[...]` integers; negative ones (-100) mark positions without a target.
+        targets: `[...]` integers; negative ones (-100) mark positions without a target. One that is no token gives
+            NaN and is not an error, because looking at it would make the host wait for the device.
 
     Raises:
         ValueError: shapes that do not match, or a temperature that is not positive.
@@ -87,8 +88,9 @@ def token_logprobs(
         1.0,
         ("entropy",) if entropy else (),
     )
-    logprobs = logprobs.masked_fill(flat < 0, 0.0).view(targets.shape)
-    return TokenLogprobs(logprobs, entropies.view(targets.shape) if entropy else None)
+    # TRL's code never meets a target of V or more, and returns minus the log-sum-exp for it.
+    logprobs = logprobs.masked_fill(flat < 0, 0.0).masked_fill(flat >= head_weight.shape[0], float("nan"))
+    return TokenLogprobs(logprobs.view(targets.shape), entropies.view(targets.shape) if entropy else None)
 
 
 def plain_head(model: Any) -> Tensor:

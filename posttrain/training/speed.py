@@ -105,7 +105,17 @@ def draws_random(model: nn.Module) -> bool:
 def _recompute_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     if not (mlp.training and torch.is_grad_enabled()):
         return type(mlp).forward(mlp, x)
-    return checkpoint(type(mlp).forward, mlp, x, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(type(mlp).forward, mlp, x, use_reentrant=False, preserve_rng_state=draws_random(mlp))
+
+
+def reads_device(model: PreTrainedModel) -> bool:
+    """Whether a forward pass over whole rows waits for the device, in place of which a CUDA graph has nothing.
+
+    Dynamic rotary embeddings compare a length that only the device knows; attention other than torch's own looks for
+    packed documents (`causal_without_masks` spares torch's that).
+    """
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    return rope.get("rope_type") == "dynamic" or model.config._attn_implementation not in ("sdpa", CAUSAL)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,11 @@ class StageTrainer(Trainer):
             self.ctx.stop(checkpoints.step_of(newest) if newest else 0)
         if newest is not None:
             log.warning("going on from step %d", checkpoints.step_of(newest))
+        self._step_loss = 0.0
+        self._parts.clear()
+        self.meter = Meter(self.meter.lag)
+        if self._skip is not None:
+            self._skip.zero_()
         with self.fast():
             self.train(resume_from_checkpoint=str(newest) if newest else None)
         if self.watch.stopped:
@@ -127,7 +132,10 @@ class StageTrainer(Trainer):
             "it needs a GPU": self.args.device.type != "cuda",
             "it works on one rank": self.ctx.world_size > 1,
             "batches differ in shape": not self.whole_rows,
-            "the model has dropout": any(speed.draws_random(model) for model in (self.model, *self.frozen)),
+            "the model has dropout": speed.draws_random(self.model),
+            "a model reads the device while it computes": any(
+                speed.reads_device(model) for model in (self.model, *self.frozen)
+            ),
         }
         against = [reason for reason, holds in reasons.items() if holds]
         if self.config.cuda_graph == "on" and against:

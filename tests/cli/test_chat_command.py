@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def test_no_probability_at_all_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RecipeError, match="leaves no token"):
         chat.command(str(tmp_path), prompt="x", max_new_tokens=3, temperature=0.5, top_p=0.0, seed=4, outputs=tmp_path)
+
+
+def test_the_help_names_the_temperatures_that_are_taken() -> None:
+    from posttrain.generation.settings import LEAST_TEMPERATURE, MOST_TEMPERATURE
+
+    (option,) = typing.get_type_hints(chat.command, include_extras=True)["temperature"].__metadata__
+    assert f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}" in option.help
 
 
 def test_the_whole_way(tmp_path: Path) -> None:

@@ -185,6 +185,8 @@ def test_no_prompts_give_no_answers() -> None:
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1] * 16], {"max_new_tokens": 5}, "exceeds the cache of 20"),
         ([[1]], {"max_new_tokens": 5, "stop": (300,)}, "not in the vocabulary of 300"),
+        ([[1], [2, 300, 4]], {}, "prompt 1 holds token 300.*do not belong together"),
+        ([[-1, 5]], {}, "prompt 0 holds token -1"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(rows: list, settings: dict, message: str) -> None:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from generation_models import MIXED, MODELS, full_logprobs, generate, make_upcycled, prompts
 
+from posttrain.errors import StageError
 from posttrain.generation import DecodeEngine, Sampling
+from posttrain.generation.engine import STEPS_BETWEEN_LOOKS
+from posttrain.generation.graphs import MOST_PROGRAMS
 from posttrain.generation.sampling import choose, draw, uniforms
 
 pytestmark = [
@@ -60,9 +63,10 @@ def test_waves_and_compaction_change_no_token(temperature: float) -> None:
     model, rows = make_upcycled(mixers=MIXED).cuda(), prompts((9,) * 40)
     sampling = Sampling(max_new_tokens=60, temperature=temperature, seed=2)
     free = DecodeEngine(model, 40, 80, dtype=torch.float32).generate(rows, sampling)
-    stop = tuple({answer[5] for answer in free.tokens[:30]})
+    stop = tuple({answer[5] for answer in free.tokens[:10]})
     expected = [_cut(answer, stop) for answer in free.tokens]
-    assert len({len(answer) for answer in expected}) > 2
+    # At the first look, after 17 tokens, some rows go on and a smaller batch size than 40 holds them.
+    assert 0 < sum(len(answer) > 1 + STEPS_BETWEEN_LOOKS for answer in expected) <= 32
     ragged = sampling.model_copy(update={"stop": stop})
     for max_rows in (40, 17):
         engine = DecodeEngine(model, max_rows, 80, dtype=torch.float32)
@@ -71,21 +75,22 @@ def test_waves_and_compaction_change_no_token(temperature: float) -> None:
         answers = engine.generate(rows, ragged)
         assert answers.tokens == expected
         assert answers.finished == [answer[-1] in stop for answer in expected]
-        assert min(widths) < max_rows or len(set(widths)) == 1
+        if max_rows == len(rows):  # one wave, so that only compaction makes a batch smaller
+            assert widths[0] == max_rows and min(widths) < max_rows
 
 
 def test_new_weights_need_no_new_capture() -> None:
     model, rows, sampling = make_upcycled(mixers=MIXED).cuda(), prompts(), Sampling(max_new_tokens=24)
     engine = DecodeEngine(model, 5, 64, dtype=torch.float32)
     first = engine.generate(rows, sampling).tokens
-    graphs = dict(engine._captured)
+    graphs = [dict(graphs) for graphs in engine._captured.programs.values()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.3)
     assert engine.generate(rows, sampling).tokens == first
     engine.load(model)
     assert engine.generate(rows, sampling).tokens == generate(model, rows, 24) != first
-    assert engine._captured == graphs
+    assert list(engine._captured.programs.values()) == graphs
 
 
 def test_settings_without_a_part_in_the_program_share_graphs() -> None:
@@ -97,6 +102,26 @@ def test_settings_without_a_part_in_the_program_share_graphs() -> None:
     assert len(engine._captured) == 1
     engine.generate(rows, Sampling(max_new_tokens=10))
     assert len(engine._captured) == 2
+
+
+def test_an_annealed_temperature_keeps_a_handful_of_graphs() -> None:
+    model, rows = MODELS["mixed"]().cuda(), prompts()
+    engine = DecodeEngine(model, 5, 64)
+    temperatures = [0.5 + step / 20 for step in range(3 * MOST_PROGRAMS)]
+
+    def anneal() -> list[list[list[int]]]:
+        settings = [Sampling(max_new_tokens=8, temperature=temperature) for temperature in temperatures]
+        return [engine.generate(rows, sampling).tokens for sampling in settings]
+
+    first = anneal()
+    before = held()
+    assert anneal() == first
+    assert len(engine._captured) == MOST_PROGRAMS and held() <= before + 2**20
+
+
+def test_double_precision_is_for_a_cpu() -> None:
+    with pytest.raises(StageError, match="fp64 is for a CPU"):
+        DecodeEngine(MODELS["llama"]().cuda(), 5, 64, dtype=torch.float64)
 
 
 def test_nothing_is_left_when_the_engine_goes() -> None:

@@ -13,6 +13,7 @@ from transformers.generation.logits_process import (
 )
 
 from posttrain.generation.sampling import CHUNK, Sampling, choose, draw, filter_logits, uniforms
+from posttrain.generation.settings import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 SETTINGS = [
     {"temperature": 0.7},
@@ -150,8 +151,38 @@ def test_random_numbers_are_uniform_and_independent_of_their_neighbours() -> Non
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}, {"topk": 3}], ids=str
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": 1e-46},
+        {"temperature": 9e-5},
+        {"temperature": 1e40},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"max_new_tokens": 0},
+        {"topk": 3},
+    ],
+    ids=str,
 )
 def test_settings_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError):
         Sampling(**wrong)
+
+
+def test_a_temperature_next_to_zero_is_told_about_greedy() -> None:
+    with pytest.raises(ValidationError, match="0 = greedy"):
+        Sampling(temperature=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [LEAST_TEMPERATURE, MOST_TEMPERATURE])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}], ids=str)
+def test_the_outermost_temperatures_give_numbers(temperature: float, filters: dict) -> None:
+    logits = random_logits(400) * 1e4
+    logits[:, 7] = -torch.inf
+    token, logprob = choose(
+        logits, Sampling(temperature=temperature, **filters), uniforms(0, torch.arange(400), 1)[:, 0]
+    )
+    assert logprob.isfinite().all() and not (token == 7).any()
+    if temperature == LEAST_TEMPERATURE:
+        assert torch.equal(token, logits.argmax(-1))

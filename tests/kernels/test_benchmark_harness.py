@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import plot, run
+from benchmarks import bench_decode_ops, bench_linear_kl, plot, run
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.harness import COLUMNS, OURS, Case, Run, newest, read_rows, relative_error, run_case, write_rows
 from benchmarks.table import best_peer, table
@@ -114,6 +115,43 @@ def test_a_missing_or_failing_peer_is_a_row_without_a_time(
     assert [r["median_ms"] != "" for r in rows] == [True, False, False]
     assert [r["correct"] for r in rows] == ["true", "", ""]
     assert best_peer(results) is None
+
+
+def test_another_setting_of_ours_is_no_peer(quick: Run) -> None:
+    ours, other, eager = run_case(case(posttrain=product(), posttrain_other=product(), eager=product()), quick)
+    other.timing = type(other.timing)(1e-9, 1e-9, 1e-9, 3)
+    assert best_peer([ours, other, eager]) is eager and best_peer([ours, other]) is None
+    wrong, peer = run_case(case(posttrain_other=product(1.01), posttrainer=product(1.01)), quick)
+    assert wrong.ours_is_bad() and not peer.ours_is_bad()
+
+
+def test_linear_kl_is_measured_with_both_types_of_logits(quick: Run) -> None:
+    (only,) = bench_linear_kl.cases(CPU, quick=True)
+    assert [result.correct for result in run_case(only, quick, {OURS, f"{OURS}_fp32_logits"})] == [True, True]
+
+
+def test_no_implementation_finds_what_another_wrote(quick: Run) -> None:
+    (writes,) = [made for made in bench_decode_ops.cases(CPU, quick=True) if made.operator == "rotary_cache"]
+
+    def idle(*given):
+        scratch = [cache.clone() for cache in given[5:]]
+        return bench_decode_ops.rotary_cache_reference(*given[:5], *scratch), *given[5:]
+
+    made = {**writes.implementations, "idle": bench_decode_ops._rotating(idle, 1)}
+    results = run_case(replace(writes, implementations=made), quick)
+    assert [result.correct for result in results] == [True, True, False]
+
+
+def test_peers_of_attention_agree_and_get_their_mask_before_the_call(
+    quick: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [made for made in bench_decode_ops.cases(CPU, quick=True) if made.operator == "decode_attention"]
+    results = [result for each in made for result in run_case(each, quick)]
+    assert [result.reason for result in results] == [""] * 5
+    peers = [(each, make) for each in made for name, make in each.implementations.items() if name != OURS]
+    calls = [make(each.inputs())[0] for each, make in peers]
+    monkeypatch.setattr(torch, "arange", None)  # nobody makes a mask without it
+    assert len([call() for call in calls]) == 3
 
 
 def test_relative_error_is_chunked_and_knows_zero() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import randn, relative_error
@@ -102,6 +105,17 @@ def test_types(dtype, divergence):
     assert abs(result.loss / loss - 1) < 1e-5 and relative_error(result.divergence, values) < 1e-5
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     assert relative_error(student_h.grad, grad_h) < tolerance and relative_error(student_w.grad, grad_w) < tolerance
+
+
+def test_operands_are_bf16_only_where_the_triton_step_runs(monkeypatch):
+    """Stand-ins for tensors on a GPU: without triton the torch step's fp32 gradients meet no bf16 head."""
+    hidden = head = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    options = op._Options("forward_kl", 0.5, 1.0, None, None, True, torch.float32)
+    for triton, product in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(op, "use_triton", lambda *_, triton=triton: triton)
+        assert op._product_dtype(hidden, head, torch.float32) == product
+        assert op._logits_dtype(product, options) == product  # no logits_dtype: the operands' type
+    assert op._logits_dtype(torch.bfloat16, replace(options, logits_dtype=torch.float32)) == torch.float32
 
 
 def test_one_head_for_both_models():
@@ -206,7 +220,10 @@ def test_default_chunks_keep_the_budget():
     [
         ({"divergence": "kl"}, "forward_kl, reverse_kl, jsd"),
         ({"divergence": "jsd", "beta": 1.0}, "beta between 0 and 1"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": 0.0}, "temperature must be from 0.01 to 100, not 0.0"),
+        ({"temperature": 1e-5}, "temperature"),
+        ({"temperature": 1000.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
         ({"logits_dtype": torch.float16}, "logits_dtype"),
         ({"student_h": torch.zeros(1, N, D_S)}, r"\[N, D\]"),
         ({"teacher_h": torch.zeros(N + 1, D_T)}, "positions differ: 5 and 6"),

@@ -20,11 +20,23 @@ def test_a_graph_is_refused_where_it_cannot_be(tmp_path):
     assert "cuda_graph=auto" in str(error.value.problems[0].fix)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_auto_leaves_dropout_alone(tmp_path, dropout):
-    trainer = make_trainer(tmp_path, make_model(attention_dropout=dropout))
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "captures"),
+    [
+        ({}, True),
+        ({"attention_dropout": 0.1}, False),
+        ({"rope_parameters": DYNAMIC}, False),
+        ({"attn_implementation": "eager"}, False),
+    ],
+    ids=str,
+)
+def test_auto_leaves_alone_what_cannot_be_captured(tmp_path, changes, captures):
+    trainer = make_trainer(tmp_path, make_model(**changes))
     trainer.args.__dict__["_setup_devices"] = torch.device("cuda", 0)  # as on a GPU machine
-    assert trainer.captures == (dropout == 0.0)
+    assert trainer.captures == captures
 
 
 @pytest.mark.gpu
@@ -104,7 +116,7 @@ def device(request, monkeypatch):
         "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "empty_cache": lambda: None,
-        "graph": lambda graph, stream: graph,
+        "graph": lambda graph, **options: graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(graphed, "_new_graph", capture)

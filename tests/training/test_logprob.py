@@ -69,6 +69,15 @@ def test_a_target_below_zero_gives_zero_and_no_gradient():
     assert not grad[1:3].any() and grad[[0, 3, 4]].any(-1).all()
 
 
+def test_a_target_that_is_no_token_gives_nan_and_no_gradient():
+    hidden, weight, targets = tensors(5)
+    targets[1], targets[3] = VOCAB, VOCAB + 1000
+    out = token_logprobs(hidden, weight, targets, chunk_size=16)
+    assert out.logprobs.isnan().tolist() == [False, True, False, True, False] and out.entropy.isfinite().all()
+    (grad,) = torch.autograd.grad(out.logprobs.nansum(), hidden)
+    assert grad.isfinite().all() and not grad[[1, 3]].any()
+
+
 def test_without_entropy_the_logprobs_are_the_same():
     hidden, weight, targets = tensors(2, 4)
     alone = token_logprobs(hidden, weight, targets, 0.9, entropy=False)

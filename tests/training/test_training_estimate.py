@@ -10,11 +10,14 @@ from source_models import make_source
 from training_world import make_mixed
 
 from posttrain.models.architecture import normalise, parameter_count
+from posttrain.training.config import TrainingConfig
 from posttrain.training.estimate import (
+    LOGITS_BYTES,
     ActivationPlan,
     activation_bytes,
     activation_bytes_per_token,
     activation_plan,
+    budget_notes,
     inference_memory,
     trainable_parameters,
     training_memory,
@@ -122,6 +125,33 @@ def test_a_budget_buys_the_least_recomputation_that_fits():
     )
     assert plan(10, compiled=False).recomputed_mlps > plan(12, compiled=False).recomputed_mlps > 0
     assert plan(0.01).recomputed == plan(None, everything=True).recomputed == 30
+
+
+def test_logits_are_bounded_as_the_operator_bounds_them():
+    from posttrain_kernels.linear_kl import op
+
+    assert LOGITS_BYTES == op.CHUNK_BYTES
+    arch = {**normalise(make_source("llama").config.to_dict()), "vocab_size": 128256}
+    few, many = (training_memory(arch, 1000, 4096, chunk)["logits"] for chunk in (512, 4096))
+    assert many == few <= 4 * (3 * 512 * 128256 + 2 * 128256 * arch["hidden_size"])
+
+
+def test_a_budget_that_does_nothing_is_told():
+    def notes(**settings):
+        config = TrainingConfig(type="train", precision="bf16", **settings)
+        plan = activation_plan(
+            _smollm2(),
+            16384,
+            "bf16",
+            compiled=True,
+            everything=config.gradient_checkpointing,
+            budget=config.activation_budget,
+        )
+        return budget_notes(_smollm2(), 16384, config, plan)
+
+    assert notes() == notes(activation_budget_gib=5) == ()
+    assert "cannot be met" in notes(activation_budget_gib=0.1)[0]
+    assert "no effect" in notes(activation_budget_gib=5, gradient_checkpointing=True)[0]
 
 
 def test_terms_add_up_for_adamw():

@@ -53,7 +53,7 @@ def decode_attention_kernel(
     BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     program, split = tl.program_id(0), tl.program_id(1)
     row = (program // (shared * BLOCKS)).to(tl.int64)
-    key_head = (program // BLOCKS) % shared
+    key_head = ((program // BLOCKS) % shared).to(tl.int64)
     in_group = (program % BLOCKS) * HEADS + tl.arange(0, HEADS)
     head, is_head = key_head * GROUP + in_group, in_group < GROUP
     first, last = _part(tl.load(p_start + row), tl.load(p_length), split, SPLITS, SLOTS)
@@ -139,8 +139,9 @@ def _part(start, length, split, SPLITS: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _tile(p_cache, slot, stride, column, valid, WIDTH: tl.constexpr):
-    """[SLOTS, BLOCK] of a cache; offsets within a row's head stay below 2^31 elements."""
-    p_tile = p_cache + slot[:, None] * stride + column[None, :]
+    """[SLOTS, BLOCK] of a cache."""
+    # 64 bits: with slots in front of rows, [S, B, G, d], a slot's stride holds the whole batch.
+    p_tile = p_cache + slot[:, None].to(tl.int64) * stride + column[None, :]
     return tl.load(p_tile, mask=valid[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 

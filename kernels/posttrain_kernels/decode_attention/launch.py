@@ -48,7 +48,7 @@ def decode_attention_triton(
         v_cache,
         q_rope,
         rope_cache,
-        start,
+        start.contiguous(),
         length,
         target,
         exponents,

@@ -7,6 +7,10 @@ from torch import Tensor
 
 from posttrain_kernels.linear_kl.reference import DIVERGENCES, IGNORE
 
+# Below, gradients of reverse KL and jsd are fp32's rounding of a large gap over a small temperature, and below 4e-5 the
+# kernel's stand-in for entries beyond the end overflows. Above, a KL near var/2T² sinks into fp32's rounding.
+TEMPERATURES = (0.01, 100.0)
+
 
 def per_row(
     hidden: Tensor,
@@ -47,8 +51,8 @@ def check(
         raise ValueError(
             f"jsd needs beta between 0 and 1, not {beta}; its limits are forward_kl and reverse_kl, rescaled"
         )
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
+        raise ValueError(f"temperature must be from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}, not {temperature}")
     if logits_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"logits_dtype must be float32 or bfloat16, not {logits_dtype}")
     shapes = [tuple(tensor.shape) for tensor in (student_h, student_w, teacher_h, teacher_w)]

@@ -25,8 +25,9 @@ KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-# What stands for an entry beyond the end, and the maximum of no entries. Both are finite, and the second is the larger
-# at temperatures from 0.001 to 1000: differences are numbers (0 beyond the end) and 2^(beyond − maximum) is 0.
+# What stands for an entry beyond the end (times scale), and the maximum of no entries. At the temperatures accepted
+# (`inputs.TEMPERATURES`; it would do from 4.3e-5 to 1.4e4) both are finite and the second is the larger: differences
+# are numbers (0 beyond the end) and 2^(beyond − maximum) is 0.
 _BEYOND = tl.constexpr(-1.0e34)
 _FLOOR = tl.constexpr(-1.0e30)
 _TINY = tl.constexpr(1.0e-37)

@@ -73,13 +73,15 @@ def linear_kl(
         labels: `[N]` int64, the token to predict (already shifted), -100 for none; adds cross-entropy at temperature 1
             with `label_weights` `[N]`, default 1. Another label that is no token makes the loss NaN (CUDA) or raises.
         chunk_tokens: most rows of logits at a time; default: what fits `CHUNK_BYTES`.
-        logits_dtype: fp32 (default) or bf16 logits of bf16 operands on CUDA; elsewhere they have the operands' type.
+        logits_dtype: type of the logits of bf16 operands: bf16 (default), rounded as an eager head's, or fp32. Logits
+            of fp32 and fp64 operands have the operands' type.
 
-    Operands are bf16 for bf16 hidden states and under bf16 autocast on CUDA, else fp32 (fp64 for fp64). The student's
-    gradients have their tensors' types.
+    Operands are bf16 for bf16 hidden states and under bf16 autocast on CUDA with triton, else fp32 (fp64 for fp64). The
+    student's gradients have their tensors' types.
 
     Raises:
-        ValueError: shapes, vocabularies or options that do not fit.
+        ValueError: shapes, vocabularies or options that do not fit, or a temperature outside 0.01 to 100: there fp32
+            leaves too little of the values or the gradients (README.md says how much within).
     """
     check(student_h, student_w, teacher_h, teacher_w, divergence, beta, temperature, logits_dtype)
     check_rows(student_h, weights=weights, mask=mask, labels=labels, label_weights=label_weights)
@@ -121,7 +123,7 @@ class _LinearKL(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         need_h, need_w = (options.grad and needed for needed in ctx.needs_input_grad[:2])
-        product = _product_dtype(student_h, options.wide)
+        product = _product_dtype(student_h, student_w, options.wide)
         with torch.autocast(student_h.device.type, enabled=False):
             gradients = _Gradients(student_h, student_w, product, need_h, need_w, options.wide)
             teacher_w = teacher_w.to(product)
@@ -219,12 +221,12 @@ def _accumulate(left: Tensor, right: Tensor, total: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
-def _product_dtype(hidden: Tensor, wide: torch.dtype) -> torch.dtype:
-    """bf16 on CUDA under bf16 autocast or for bf16 hidden states; `wide` elsewhere.
+def _product_dtype(hidden: Tensor, head: Tensor, wide: torch.dtype) -> torch.dtype:
+    """bf16 on CUDA under bf16 autocast or for bf16 hidden states; `wide` elsewhere, and where the row step is torch's.
 
-    On a CPU no product of bf16 operands gives fp32 results, and rounding logits to bf16 puts a floor under the KL.
+    On a CPU no product of bf16 operands gives fp32 results, and the torch row step has logits and gradients in `wide`.
     """
-    if not hidden.is_cuda or wide == torch.float64:
+    if not hidden.is_cuda or not _on_triton(hidden, head, wide):
         return wide
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
     return dtype if dtype == torch.bfloat16 else wide  # fp16 would lose gradients of a mean over many tokens

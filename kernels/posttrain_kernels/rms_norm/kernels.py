@@ -26,7 +26,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
         _rms_norm_kernel[(triton.cdiv(flat.shape[0], group),)](
             flat,
             stream,
-            weight,
+            weight.contiguous(),
             y,
             summed,
             flat.shape[0],

@@ -98,10 +98,10 @@ def rotary_cache_kernel(
     p_query = p_out + (row * heads + head) * WIDTH + column
     tl.store(p_query, b_turned_first, mask=valid & is_q)
     tl.store(p_query + WIDTH // 2, b_turned_second, mask=valid & is_q)
-    p_key = p_k + row * k_row + (head - heads) * k_head + slot * k_slot + column
+    p_key = p_k + row * k_row + (head - heads).to(tl.int64) * k_head + slot * k_slot + column
     tl.store(p_key, b_turned_first.to(p_k.dtype.element_ty), mask=valid & is_k)
     tl.store(p_key + WIDTH // 2, b_turned_second.to(p_k.dtype.element_ty), mask=valid & is_k)
-    p_value = p_v + row * v_row + (head - heads - shared) * v_head + slot * v_slot + column
+    p_value = p_v + row * v_row + (head - heads - shared).to(tl.int64) * v_head + slot * v_slot + column
     tl.store(p_value, b_first.to(p_v.dtype.element_ty), mask=valid & is_v)
     tl.store(p_value + WIDTH // 2, b_second.to(p_v.dtype.element_ty), mask=valid & is_v)
 

@@ -37,10 +37,10 @@ def rotary_cache_triton(
             qkv,
             cos,
             sin,
-            positions,
+            positions.contiguous(),
             slot,
-            q_norm,
-            k_norm,
+            _dense(q_norm),
+            _dense(k_norm),
             out,
             k_cache,
             v_cache,
@@ -81,9 +81,9 @@ def latent_cache_triton(
             kv_a,
             cos,
             sin,
-            positions,
+            positions.contiguous(),
             slot,
-            norm_weight,
+            _dense(norm_weight),
             latent_cache,
             rope_cache,
             kv_a.stride(0),
@@ -112,7 +112,7 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Ten
             x,
             cos,
             sin,
-            positions,
+            positions.contiguous(),
             out,
             *x.stride()[:2],
             cos.stride(0),
@@ -124,6 +124,10 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Ten
             num_warps=_warps(tile * half),
         )
     return out
+
+
+def _dense(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
 
 
 def _warps(elements: int) -> int:

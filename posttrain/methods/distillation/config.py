@@ -43,7 +43,9 @@ class DistillConfig(TrainingConfig):
         description="Loss of a step: mean over tokens, or sum over tokens divided by sequences (X-EcoMLA's code; with "
         "clipping at 1 that is training by normalised gradients). The history always has the token mean as `kl`.",
     )
-    temperature: float = Field(1.0, gt=0, description="Divides both models' logits in the divergence; no T² factor.")
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="Divides both models' logits in the divergence; no T² factor."
+    )
     ce_weight: float = Field(
         0.0, ge=0, le=1, description="Weight w of next-token cross-entropy: (1 - w) divergence + w CE."
     )

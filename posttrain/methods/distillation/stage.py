@@ -16,7 +16,13 @@ from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import gpu_memory
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
-from posttrain.training.estimate import ELEMENT_SIZE, activation_plan, trainable_parameters, training_memory
+from posttrain.training.estimate import (
+    ELEMENT_SIZE,
+    activation_plan,
+    budget_notes,
+    trainable_parameters,
+    training_memory,
+)
 
 if TYPE_CHECKING:
     from posttrain.methods.distillation.trainer import DistillTrainer
@@ -96,6 +102,7 @@ class Distill(Stage):
         )
         return Estimate(
             parameters=parameter_count(student),
+            notes=budget_notes(student, micro_batch_tokens, cfg, plan),
             trainable=trainable,
             tokens=tokens,
             data_tokens=inputs["data"].tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import resource
 import statistics
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from posttrain.generation import DecodeEngine, Sampling, unsupported
+
+log = logging.getLogger(__name__)
 
 CACHE_LENGTHS = (16, 48)
 """The two prompt lengths whose cache sizes are compared."""
@@ -78,14 +81,17 @@ def throughput(
     batch_size: int,
     repeats: int,
     boundary: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | str]]:
     """Tokens per second of each model, summed over the batch: medians over `repeats` after one warm-up.
 
-    Measured is the decoder that users get (`posttrain.generation`); a model that it does not support is measured with
-    its own forward and a growing cache. The models take turns, so that a machine that slows down slows all of them.
+    Measured is the decoder that users get (`posttrain.generation`): `decoder` is "engine". If it does not support one
+    of the models, all are measured with their own forward and a growing cache ("transformers"), or the figures would
+    compare decoders instead of models. The models take turns, so that a machine that slows down slows all of them.
     `boundary` is called between any two measurements. On CUDA `inference_peak_bytes` is added: weights, cache and the
     most that a prefill and its decoding held besides.
     """
+    decoder = _decoder_for_all(models)
+    measured = _ByDecoder if decoder == "engine" else _ByModel
     shape = (batch_size, prefill_tokens, decode_tokens)
     runs: dict[str, _ByDecoder | _ByModel] = {}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
@@ -94,7 +100,7 @@ def throughput(
         for name, model in models.items():
             boundary()
             if name not in runs:
-                runs[name] = _ByModel(model, *shape) if unsupported(model) else _ByDecoder(model, *shape)
+                runs[name] = measured(model, *shape)
             prefill, decode, peak = runs[name]()
             peaks[name] = max(peaks[name], peak)
             if repeat:
@@ -103,12 +109,27 @@ def throughput(
     for name, timed in seconds.items():
         prefill, decode = (statistics.median(column) for column in zip(*timed, strict=True))
         figures[name] = {
+            "decoder": decoder,
             "prefill_tokens_per_second": batch_size * prefill_tokens / prefill,
             "decode_tokens_per_second": batch_size * decode_tokens / decode,
         }
         if peaks[name]:
             figures[name]["inference_peak_bytes"] = peaks[name]
     return figures
+
+
+def _decoder_for_all(models: Mapping[str, Any]) -> str:
+    """The decoder that can run every model, which is said in the log: "engine" or "transformers"."""
+    reasons = [f"{name}: {reason}" for name, model in models.items() if (reason := unsupported(model))]
+    if not reasons:
+        log.info("decoder: engine, for the speed of %s", " and ".join(models))
+        return "engine"
+    log.warning(
+        "decoder: transformers, for the speed of %s: the fast decoder does not support %s",
+        " and ".join(models),
+        "; ".join(reasons),
+    )
+    return "transformers"
 
 
 class _ByDecoder:

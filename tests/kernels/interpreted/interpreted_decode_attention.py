@@ -75,6 +75,22 @@ def test_strided_caches_and_queries():
     judge(decode_attention(*given), decode_attention_reference(*given))
 
 
+def test_strided_starts():
+    q, keys, values, start, *rest = arguments(6, 2, 16, 16)
+    strided = torch.stack((start, torch.zeros_like(start)), dim=1)[:, 0]
+    judge(decode_attention(q, keys, values, strided, *rest), decode_attention_reference(q, keys, values, start, *rest))
+
+
+def test_slots_further_apart_than_32_bits_reach(tmp_path):
+    """Three slots 2^30 elements apart, in a file that is a hole but for them."""
+    memory = torch.from_file(str(tmp_path / "cache"), shared=True, size=2**31 + 16, dtype=torch.float16)
+    cache = memory.as_strided((1, 1, 3, 16), (16, 16, 2**30, 1))
+    cache.copy_(randn(1, 1, 3, 16, seed=1))
+    dense, q, rest = cache.clone(), randn(1, 2, 16, seed=0), (torch.tensor([0]), torch.tensor(3), 0.3)
+    assert dense.is_contiguous()
+    assert torch.equal(decode_attention(q, cache, cache, *rest), decode_attention(q, dense, dense, *rest))
+
+
 def test_large_scores_stay_finite():
     q, *rest = arguments(6, 2, 16, 16)
     out = decode_attention(1e4 * q, *rest, splits=2)

@@ -48,6 +48,20 @@ def test_weights_mask_and_labels(divergence, temperature):
     assert (student_h.grad[left_out] == 0).all() and (result.divergence[left_out] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_ends_of_the_range_of_temperatures(divergence, temperature):
+    """Values within 3e-3, and gradients within rounding, a few 1e-6 · D / T."""
+    tensors = inputs(4, 101, 16, 24)
+    loss, values, _, grad_h, _ = expected(tensors, divergence=divergence, temperature=temperature)
+    student_h, student_w, *teacher = leaves(tensors)
+    result = linear_kl(student_h, student_w, *teacher, divergence=divergence, temperature=temperature)
+    result.loss.backward()
+    assert relative_error(result.divergence, values) < 3e-3
+    bound = 5e-5 * grad_h.abs().max() + 1e-5 * values.max() / temperature
+    assert (student_h.grad - grad_h).abs().max() < bound and student_w.grad.isfinite().all()
+
+
 def test_large_logits():
     student_h, student_w, teacher_h, teacher_w = inputs(3, 70, 6, 10)
     for divergence in DIVERGENCES:

@@ -21,6 +21,12 @@ def test_matches_the_reference(shape, with_residual):
     assert (stream is x) == (not with_residual)
 
 
+def test_a_strided_weight():
+    x, weight = randn(4, 24, seed=0), randn(48, seed=1)[::2]
+    y, _ = rms_norm(x, weight, 1e-6)
+    assert relative_error(y, rms_norm_reference(x, weight, 1e-6)[0]) < 1e-6
+
+
 def test_reads_a_part_of_a_wider_tensor():
     """The query's compression of latent attention is a slice: rows with a stride above their width."""
     wide = randn(4, 40, seed=0)

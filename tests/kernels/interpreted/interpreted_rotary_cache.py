@@ -28,6 +28,11 @@ def positions():
     return torch.tensor([0, 10, 7])
 
 
+def strided(vector):
+    """The same numbers with a stride of 2."""
+    return torch.stack((vector, torch.zeros_like(vector)), dim=-1)[..., 0]
+
+
 def only_slot_written(cache):
     written = ~cache.isnan()
     return bool(written[:ROWS, ..., SLOT, :].all()) and int(written.sum()) == cache[:ROWS, ..., SLOT, :].numel()
@@ -75,6 +80,22 @@ def test_latent_matches_the_reference(rank, width, head_axis, normed):
         outcomes.append([cache[:ROWS, 0, SLOT] for cache in caches])
     for out, reference in zip(*outcomes, strict=True):
         assert relative_error(out, reference) < 1e-6
+
+
+def test_strided_positions_and_weights():
+    heads, shared, width, rank = 4, 2, 8, 12
+    qkv, kv_a = randn(ROWS, (heads + 2 * shared) * width, seed=0), randn(ROWS, rank + width, seed=1)
+    norms, latent_norm = (randn(width, seed=2), randn(width, seed=3)), randn(rank, seed=4)
+    outcomes = []
+    for given in (strided, torch.clone):
+        where = (*tables(width), given(positions()), torch.tensor(SLOT))
+        caches = [poisoned(BATCH, shared, CAPACITY, width) for _ in range(2)]
+        latents = [poisoned(BATCH, 1, CAPACITY, size) for size in (rank, width)]
+        query = rotary_cache(qkv, *where, *caches, *map(given, norms), 1e-5)
+        latent_cache(kv_a, *where, *latents, given(latent_norm), 1e-5)
+        turned = rotate(query, *tables(width), given(positions()))
+        outcomes.append((query, turned, *(cache[:ROWS, :, SLOT] for cache in (*caches, *latents))))
+    assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
 
 
 @pytest.mark.parametrize(("heads", "width"), [(9, 8), (1, 2), (17, 20)])

@@ -81,6 +81,7 @@ def test_key_holds_what_is_computed_and_not_how():
         activation_budget_gib=1.5,
         compile="layers",
         attention="flash",
+        cuda_graph="off",
         save_every=1,
         save_seconds=2,
         keep_checkpoints=9,
@@ -90,6 +91,11 @@ def test_key_holds_what_is_computed_and_not_how():
     what |= {"divergence": "jsd", "jsd_beta": 0.1}
     for name, value in what.items():
         assert config(**{name: value}).key_fields() != one, name
+    bf16 = config(precision="bf16").key_fields()
+    for name in ("logits_dtype", "residual_dtype"):
+        assert config(precision="bf16", **{name: "bfloat16"}).key_fields() != bf16, name
+        with pytest.raises(ValueError, match="needs precision=bf16"):
+            config(**{name: "bfloat16"})
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, 1), (3, 3), (5, 4), (6, 6), (11, 6), (100, 12)])

@@ -78,7 +78,33 @@ def test_throughput_takes_turns_and_stops_between_measurements() -> None:
     settings = {"prefill_tokens": 6, "decode_tokens": 2, "batch_size": 2, "repeats": 2}
     figures = throughput(models, **settings, boundary=lambda: calls.append(None))
     assert list(figures) == ["a", "b"] and len(calls) == 2 * (1 + 2)
-    assert all(value > 0 for row in figures.values() for value in row.values())
+    for row in figures.values():
+        assert row.pop("decoder") == "engine"
+        assert all(value > 0 for value in row.values())
+
+
+def test_two_models_are_measured_with_the_same_decoder(caplog, monkeypatch) -> None:
+    monkeypatch.setattr("posttrain.methods.evaluation.measure._ByDecoder", None)
+    models = {"model": make_source(), "baseline": make_source(hidden_act="gelu")}
+    settings = {"prefill_tokens": 6, "decode_tokens": 2, "batch_size": 1, "repeats": 1}
+    with caplog.at_level("INFO"):
+        figures = throughput(models, **settings)
+    assert [row["decoder"] for row in figures.values()] == ["transformers"] * 2
+    (said,) = [record.message for record in caplog.records if "decoder:" in record.message]
+    assert "model and baseline" in said and "baseline: hidden_act 'gelu'" in said
+
+
+def test_samples_end_at_the_tokens_at_which_an_answer_in_the_chat_ends() -> None:
+    model, tokenizer = make_source(), tiny_tokenizer()
+    free = greedy_answers(model, tokenizer, ["Hello"], 6)
+    # The second is an id of a larger vocabulary, which the decoder refuses.
+    model.generation_config.eos_token_id = [5, 300]
+    assert greedy_answers(model, tokenizer, ["Hello"], 6) == free
+    prompt = tokenizer(render_prompt(tokenizer, "Hello")[0], add_special_tokens=False)["input_ids"]
+    first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    shown = tokenizer.decode(first).strip()
+    assert free != [shown] and greedy_answers(model, tokenizer, ["Hello"], 6) == [shown], "the tokenizer's EOS ends it"
 
 
 def test_answers_are_greedy_and_do_not_depend_on_the_models_own_settings() -> None:
@@ -115,7 +141,8 @@ def test_a_model_the_decoder_does_not_know_is_answered_and_measured_by_transform
     output = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
     assert answers[0] == tokenizer.decode(output, skip_special_tokens=True).strip()
     settings = {"prefill_tokens": 6, "decode_tokens": 2, "batch_size": 2, "repeats": 1}
-    assert all(value > 0 for value in throughput({"a": model}, **settings)["a"].values())
+    figures = throughput({"a": model}, **settings)["a"]
+    assert figures.pop("decoder") == "transformers" and all(value > 0 for value in figures.values())
 
 
 def test_the_decoder_and_transformers_give_the_same_answers(monkeypatch) -> None:
