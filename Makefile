@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Variants of the step that `make bench MODEL=…` measures: what one would write, then ours as it is and leaner.
+BF16 := teacher_dtype=bfloat16
+STEPS := stock:$(BF16) stock:compile=model,$(BF16) ours:$(BF16) \
+  ours:$(BF16),logits_dtype=bfloat16,activation_budget_gib=4.4
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-gpu bench lint format clean
 
@@ -27,8 +32,13 @@ test: $(STAMP) ## Run the tests (under ten minutes on two cores)
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device (without one they are skipped)
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(STAMP) ## Check and time the kernels beside their peers (without a GPU: a smoke run on the CPU, nothing stored)
+bench: $(STAMP) ## Check and time the operators beside their peers; MODEL=FOLDER: training step and roll-outs too
 	$(BIN)/python kernels/benchmarks/run.py
+ifdef MODEL
+	$(BIN)/python scripts/bench_distill_step.py --model $(MODEL) --parts --csv kernels/benchmarks/results \
+	  --time-limit 150 --steps 30 --variants $(STEPS)
+	$(BIN)/python scripts/bench_rollout.py --model $(MODEL) --prompts 64 256 1024 --peers
+endif
 
 lint: $(STAMP) ## Check style and imports
 	$(BIN)/ruff check .

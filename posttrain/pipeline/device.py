@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+
+_planned: ContextVar[str] = ContextVar("planned_device", default="auto")
+
+
+@contextlib.contextmanager
+def planning_for(device: str) -> Iterator[None]:
+    """Inside, stages estimate for that `engine.device`."""
+    token = _planned.set(device)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def plans_for_gpu() -> bool:
+    """Whether the stages being planned will compute on a GPU; outside a plan, whether there is one."""
+    return not computes_on_host(_planned.get())
 
 
 def computes_on_host(device: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config import registry
 from posttrain.errors import Problem, RecipeError
-from posttrain.pipeline.device import computes_on_host
+from posttrain.pipeline.device import computes_on_host, planning_for
 from posttrain.pipeline.fingerprint import digest, explain, key_document, key_of
 from posttrain.pipeline.graph import Graph, in_section, section_of
 from posttrain.pipeline.lock import held
@@ -270,7 +270,8 @@ class _Planner:
             else:
                 planned.outputs = planned.stage.describe(planned.cfg, known)
                 planned.stage.check(planned.cfg, known)
-            planned.estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
+            with planning_for(self.device):
+                planned.estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
         except RecipeError as error:
             self._note(planned.name, error)
 

@@ -14,7 +14,7 @@ from posttrain.errors import Problem, RecipeError, StageError
 from posttrain.methods.distillation.config import DistillConfig
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
-from posttrain.pipeline.device import gpu_memory
+from posttrain.pipeline.device import plans_for_gpu
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 from posttrain.training.estimate import (
     ELEMENT_SIZE,
@@ -96,7 +96,7 @@ class Distill(Stage):
             student,
             micro_batch_tokens,
             cfg.precision,
-            compiled=cfg.compiles(on_gpu=gpu_memory() is not None),
+            compiled=cfg.compiles(on_gpu=plans_for_gpu()),
             everything=cfg.gradient_checkpointing,
             budget=cfg.activation_budget,
         )

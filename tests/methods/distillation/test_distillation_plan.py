@@ -12,6 +12,7 @@ from source_models import make_source
 from posttrain.errors import RecipeError
 from posttrain.methods.distillation import Distill, DistillConfig
 from posttrain.models.architecture import normalise, parameter_count
+from posttrain.pipeline.device import planning_for
 from posttrain.pipeline.stage import ArtifactMeta
 
 STAGE = Distill()
@@ -148,6 +149,11 @@ def test_estimate():
     assert lean.memory["activations"] < found.memory["activations"]
     compiled = STAGE.estimate(config(compile="layers"), metas())
     assert compiled.memory["activations"] < STAGE.estimate(config(compile="off"), metas()).memory["activations"]
+    long = config(max_steps=1000)
+    for device, same in (("cpu", "off"), ("cuda", "layers")):  # whatever this machine has
+        with planning_for(device):
+            planned = STAGE.estimate(long, metas()).memory["activations"]
+        assert planned == STAGE.estimate(config(max_steps=1000, compile=same), metas()).memory["activations"]
     frozen = STAGE.estimate(config(trainable="mixers"), metas())
     assert frozen.trainable < found.trainable and frozen.memory["optimizer"] < found.memory["optimizer"]
     assert STAGE.estimate(config(), metas(student={"architecture": None})).tokens == 1000 * 1024
