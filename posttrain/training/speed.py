@@ -62,7 +62,7 @@ def fast_layers(
     their feed-forward part, the widest tensors for the least work.
     """
     layers = decoder_layers(model)
-    run = torch.compile(_run, dynamic=False, backend=backend) if compiled else _run
+    run = torch.compile(_run_lean if lean else _run, dynamic=False, backend=backend) if compiled else _run
     for index, layer in enumerate(layers):
         # An attribute of the instance hides the class's method; `state_dict` sees modules and tensors only.
         layer.forward = functools.partial(_recompute if index < recomputed else _call, run, layer)
@@ -78,6 +78,11 @@ def fast_layers(
 
 
 def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _run_lean(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The same under another name: compiled code belongs to a function, and what it keeps is decided when compiling."""
     return type(layer).forward(layer, *args, **kwargs)
 
 

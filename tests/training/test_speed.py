@@ -61,6 +61,14 @@ def test_recomputed_mlps_give_the_same_numbers(compiled, recomputed, recomputed_
     assert not any("forward" in vars(layer.mlp) for layer in model.model.layers)
 
 
+def test_lean_layers_are_compiled_anew():
+    model = make_model().train()
+    for lean in (False, True, False):
+        with fast_layers(model, lean=lean, **COMPILED):
+            loss_and_gradients(model)
+    assert graphs() == 2
+
+
 def test_a_bf16_residual_stream(tmp_path):
     """Nearly the same first losses, and every layer's input is bf16."""
     histories, seen = [], set()
