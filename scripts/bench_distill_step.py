@@ -37,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from posttrain.methods.distillation.config import DistillConfig
 from posttrain.methods.distillation.data import OrderedBlocks, collate
 from posttrain.methods.distillation.trainer import DistillTrainer, hidden_states
+from posttrain.models.architecture import layer_parameters, normalise
 from posttrain.pipeline.context import StageContext
 
 GIB = 2**30
@@ -148,11 +149,9 @@ def run_ours(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str,
         trainer.add_callback(clock)
         history = trainer.fit()
         plan = trainer.activation_plan()
-        found = {
-            "plan": f"{plan.kept}, {plan.recomputed} layers and {plan.recomputed_mlps} MLPs recomputed",
-            "first_loss": history[0]["loss"],
-        }
-        return {**clock.result(trainer.config.tokens_per_step), **found, "last_loss": history[-1]["loss"]}
+        found = {"plan": f"{plan.kept}, {plan.recomputed} layers and {plan.recomputed_mlps} MLPs recomputed"}
+        losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
+        return {**clock.result(trainer.config.tokens_per_step), **found, **losses}
 
 
 def run_stock(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
@@ -270,6 +269,7 @@ def main() -> None:
         print(f"curves apart by {found['largest_relative_difference']:.2%} at most, {found['mean']:.2%} on average")
         return
     rows = []
+    options.limit_ms = _limit_ms(options) if options.csv else None
     for variant in options.variants:
         family, settings = _settings(variant)
         try:
@@ -307,18 +307,40 @@ def _write_csv(options: argparse.Namespace, rows: list[dict[str, Any]], gpu: str
     from benchmarks.results import write_rows
 
     name = Path(options.model).name if options.model else f"{options.shape}_random"
-    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     fixed = {"operator": "distill_step", "shape": f"{name} {options.batch}x{options.sequence}", "dtype": "bf16"}
-    versions = {"gpu": gpu, "torch": torch.__version__, "triton": _version("triton"), "date": date}
+    versions = {"gpu": gpu, "torch": torch.__version__, "triton": _version("triton"), "date": options.date}
     write_rows(
         Path(options.csv) / "distill_step.csv",
         [
-            {**fixed, **versions, "implementation": row["variant"], "direction": "step", "limit_ms": None}
+            {**fixed, **versions, "implementation": _name(row["variant"]), "direction": "step"}
             | {"median_ms": row["median_ms"], "peak_mib": row["peak_gib"] and row["peak_gib"] * 1024}
-            | {"correct": _agrees(row, rows)}
+            | {"limit_ms": options.limit_ms, "correct": _agrees(row, rows)}
             for row in rows[-1:]
         ],
     )
+
+
+def _name(variant: str) -> str:
+    """The variant as the CSVs call it: ours is `posttrain`."""
+    family, colon, settings = variant.partition(":")
+    return ("posttrain" if family == "ours" else family) + colon + settings
+
+
+def _limit_ms(options: argparse.Namespace) -> float:
+    """The matrix products of a step at the rate measured on this device: causal attention, nothing recomputed.
+
+    A forward pass is 2 operations a parameter and token and 2·T²·H·d_h a layer and sequence; the student's backward
+    pass is twice its forward pass, the teacher has a forward pass.
+    """
+    from benchmarks.ceilings import measure_ceilings
+
+    fields = {"model_type": "llama", **SHAPES[options.shape]} if options.shape else None
+    arch = normalise(fields or json.loads((Path(options.model) / "config.json").read_text()))
+    layers = range(arch["num_hidden_layers"])
+    used = arch["vocab_size"] * arch["hidden_size"] + sum(layer_parameters(arch, layer) for layer in layers)
+    width = arch["num_attention_heads"] * arch["head_dim"] * len(layers)
+    forward = 2 * options.batch * options.sequence * (used + options.sequence * width)
+    return measure_ceilings(torch.device(options.device)).ceilings.gemm_ms(4 * forward)
 
 
 def _agrees(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool | None:
@@ -368,7 +390,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", help="write everything measured to this file")
     parser.add_argument("--csv", help="append to distill_step.csv in this folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")  # one for all variants: they are one run
+    return options
 
 
 if __name__ == "__main__":

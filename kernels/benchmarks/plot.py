@@ -51,7 +51,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     cases = [(key, list(group)) for key, group in groupby(sorted(rows, key=_case), key=_case)]
-    heights = [1.0 + 0.32 * len(group) for _, group in cases]
+    heights = [1.0 + 0.32 * sum(_lines(row) for row in group) for _, group in cases]
     figure, axes = plt.subplots(
         len(cases), 1, figsize=(8, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
@@ -79,7 +79,7 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
         colour = WRONG_COLOUR if wrong else OURS_COLOUR if is_ours(row["implementation"]) else PEER_COLOUR
         axis.barh(place, time, color=colour, hatch="///" if wrong else None, edgecolor="white")
         axis.text(time, place, " " + _label(row), va="center", fontsize=7)
-    axis.set_yticks(range(len(rows)), [row["implementation"] for row in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [_wrapped(row["implementation"]) for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.35 * max(times, default=0.0) or 1.0)
     limits = [_number(row["limit_ms"], 0.0) for row in rows if row["limit_ms"]]
@@ -87,6 +87,19 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
         axis.axvline(min(limits), color="black", linestyle="--", linewidth=0.8)
     axis.tick_params(axis="x", labelsize=7)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _wrapped(implementation: str) -> str:
+    """A name with settings (`name:field=value,…`) in lines of at most two settings."""
+    name, colon, settings = implementation.partition(":")
+    parts = [f"{name}{colon}", *(f"{part}," for part in settings.split(",") if part)]
+    lines = ["".join(parts[:2]), *("".join(parts[i : i + 2]) for i in range(2, len(parts), 2))]
+    return "\n".join(lines).rstrip(",")
+
+
+def _lines(row: Row) -> float:
+    """Height of a row in rows of a one-line name."""
+    return 1 + _wrapped(row["implementation"]).count("\n") / 2
 
 
 def _label(row: Row) -> str:

@@ -24,12 +24,12 @@ COLUMNS = (
 )
 
 OURS = "posttrain"
-"""The name of our implementation; other settings of it are `posttrain_<setting>`, and all other names are peers."""
+"""The name of our implementation, alone or with settings (`posttrain_…`, `posttrain:…`); all other names are peers."""
 
 
 def is_ours(implementation: str) -> bool:
     """Whether a name is our implementation, in whatever setting."""
-    return implementation == OURS or implementation.startswith(f"{OURS}_")
+    return implementation == OURS or implementation.startswith((f"{OURS}_", f"{OURS}:"))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

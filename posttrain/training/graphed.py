@@ -22,7 +22,8 @@ class GraphedMicroStep:
     zeroed memory that stays its own, so `zero_grad(set_to_none=True)` between optimiser steps is fine. Without, every
     call writes gradients anew, in memory that activations leave on the way: the parameters must hold none. Inputs of
     other shapes than the captured ones run without the graph. Everything runs on one side stream that the current
-    stream waits for.
+    stream waits for; at the capture no loss of the parameters computed elsewhere may still be held (its gradient nodes
+    belong to another stream, which CUDA refuses).
     """
 
     def __init__(self, compute: Compute, parameters: Iterable[nn.Parameter], accumulates: bool = True) -> None:
