@@ -1,0 +1,137 @@
+"""Decoding at long contexts: latent attention beside the grouped-query attention it came from, same decoder.
+
+    python scripts/bench_context.py --batch 1 16 64 --context 2048 8192 32768 --out kernels/benchmarks/results
+    python scripts/bench_context.py --shape tiny --batch 1 2 --context 16 --rank 16 --rope 8        # smoke test, CPU
+
+One step of the graph-captured decoder, caches full of random numbers up to the context: tokens a second, milliseconds,
+bytes of weights and caches, beside the time that reading both once takes. Weights are random, and said to be: this is
+about speed and memory. The latent model has `--rank` + `--rope` cached elements a token and layer.
+"""
+# ruff: noqa: E402  (the checkout comes first on the path)
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
+
+import torch
+from bench_distill_step import SHAPES
+from rollout_parts import time_of
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.harness import _version
+from benchmarks.results import write_rows
+from posttrain.generation import DecodeEngine
+from posttrain.models.architecture import cache_bytes_per_token, normalise
+from posttrain.models.upcycled import UpcycledConfig, UpcycledForCausalLM
+
+
+def main() -> None:
+    options = _arguments()
+    device = torch.device(options.device)
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    ceilings = measure_ceilings(device).ceilings
+    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    print(f"{options.shape} (random weights), {gpu}, copies {ceilings.copy_gb_s:.0f} GB/s; one token a row a step")
+    for name in ("gqa", "mla"):
+        model = make_model(options, name, device)
+        for batch in options.batch:
+            for context in options.context:
+                found = measure(model, batch, context, device, ceilings)
+                gc.collect()
+                if found is None:
+                    print(f"  {name}  batch {batch:3} context {context:6}  out of memory")
+                    continue
+                print(
+                    f"  {name}  batch {batch:3} context {context:6}  {found['ms']:8.3f} ms "
+                    f"{batch / found['ms'] * 1e3:9.0f} tokens/s  limit {found['limit_ms']:7.3f} ms  "
+                    f"{found['gib']:7.2f} GiB, caches {found['cache_gib']:.2f}",
+                    flush=True,
+                )
+                if options.out and device.type == "cuda":
+                    row = {"operator": "decode_context", "dtype": "bfloat16", "implementation": _label(options, name)}
+                    row |= {"shape": f"{options.shape} (random weights) B{batch} S{context}", "direction": "step"}
+                    row |= {"median_ms": found["ms"], "peak_mib": found["gib"] * 1024, "limit_ms": found["limit_ms"]}
+                    row |= {"correct": None, "gpu": gpu, "torch": torch.__version__, "triton": _version("triton")}
+                    write_rows(Path(options.out) / "decode_context.csv", [{**row, "date": date}])
+        del model
+        gc.collect()
+
+
+def make_model(options: argparse.Namespace, name: str, device: torch.device) -> PreTrainedModel:
+    """The source shape, or the same with latent attention everywhere, in bf16 on a GPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    longest = 2 * max(options.context)
+    source = AutoConfig.for_model("llama", **SHAPES[options.shape], max_position_embeddings=longest)
+    torch.manual_seed(0)
+    with device:
+        if name == "gqa":
+            return AutoModelForCausalLM.from_config(source, dtype=dtype).eval()
+        head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
+        config = UpcycledConfig.from_source(
+            source,
+            mixers=["latent_attention"] * source.num_hidden_layers,
+            kv_lora_rank=options.rank,
+            qk_nope_head_dim=head_dim,
+            qk_rope_head_dim=options.rope,
+            v_head_dim=head_dim,
+        )
+        return UpcycledForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def measure(
+    model: PreTrainedModel, batch: int, context: int, device: torch.device, ceilings: Ceilings
+) -> dict[str, float] | None:
+    """One step at a full cache; None where the caches do not fit."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        engine = DecodeEngine(model, max_rows=batch, max_tokens=context, share=True)
+        for cache in engine.decoder.caches:
+            for tensor in cache.tensors:
+                tensor.normal_()
+        state = engine.state
+        state.begin(torch.zeros(batch, dtype=torch.long, device=device), context - 1, batch, ())
+        with torch.no_grad():
+            ms = time_of(lambda: engine.decoder.step(state.token, state.slot, state.start), device, calls=10)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    arch, size = normalise(model.config.to_dict()), 2 if cuda else 4
+    cached = batch * context * cache_bytes_per_token(arch, size)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * size
+    return {
+        "ms": ms,
+        "limit_ms": ceilings.bytes_ms(weights + cached),
+        "gib": (torch.cuda.max_memory_allocated() if cuda else engine.bytes()) / 2**30,
+        "cache_gib": engine.decoder.cache_bytes() / 2**30,
+    }
+
+
+def _label(options: argparse.Namespace, name: str) -> str:
+    """Both are ours: the source's attention is what the latent one is measured against."""
+    return "source_gqa" if name == "gqa" else f"posttrain_mla_r{options.rank}_dr{options.rope}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama32_1b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--context", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--rank", type=int, default=128, help="kv_lora_rank of the latent model")
+    parser.add_argument("--rope", type=int, default=32, help="qk_rope_head_dim of the latent model")
+    parser.add_argument("--out", help="append to decode_context.csv in this folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
