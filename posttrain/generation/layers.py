@@ -122,6 +122,7 @@ class LatentAttention(Mixer):
         self.rank = per_layer(arch["kv_lora_rank"], index)
         self.nope, self.rope, self.value = arch["qk_nope_head_dim"], arch["qk_rope_head_dim"], arch["v_head_dim"]
         self.scale = (arch["query_pre_attn_scalar"] or arch["head_dim"]) ** -0.5
+        self.shared, self.width = arch["num_key_value_heads"], arch["head_dim"]
 
     def allocate(self, rows: int, slots: int, **where: object) -> LatentCache:
         return LatentCache(rows, slots, self.rank, self.rope, **where)
@@ -161,6 +162,8 @@ class LatentAttention(Mixer):
 
     def _queries(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Both parts of the queries [..., H, ·], and latent with rotary key [..., r + d_r] as projected."""
+        if "q_map" in self.w:
+            return self._normalised(x)
         both = self._project(x, "q_kv")
         query, kv = both.split((both.shape[-1] - self.rank - self.rope, self.rank + self.rope), dim=-1)
         if "q_b" in self.w:
@@ -168,6 +171,21 @@ class LatentAttention(Mixer):
                 query = rms_norm(query.contiguous(), norm, self.eps)[0]
             query = self._project(query, "q_b")
         q_nope, q_rope = query.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
+        return q_nope, q_rope, kv
+
+    def _normalised(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same of a source with QK-norm: heads are normalised, then mapped and compressed."""
+        both, keys = self._project(x, "q_k"), self.shared * self.width
+        query, key = both.split((both.shape[-1] - keys, keys), dim=-1)
+        if "q_b" in self.w:
+            query = self._project(query, "q_b")
+        query, key = (
+            rms_norm(part.unflatten(-1, (-1, self.width)).contiguous(), self.w[f"head_{name}_norm"], self.eps)[0]
+            for name, part in (("q", query), ("k", key))
+        )
+        kv = self._project(torch.cat((x, key.flatten(-2)), dim=-1), "kv")
+        query = query.unflatten(-2, (self.shared, -1)) @ self.w["q_map"].transpose(1, 2)  # [..., G, H/G, d_n + d_r]
+        q_nope, q_rope = query.flatten(-3, -2).split((self.nope, self.rope), dim=-1)
         return q_nope, q_rope, kv
 
 

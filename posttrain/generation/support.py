@@ -49,7 +49,8 @@ def _unknown_layout(model: PreTrainedModel) -> str | None:
 
 def _too_wide(model: PreTrainedModel, arch: Mapping[str, Any]) -> str | None:
     latent = [index for index, kind in enumerate(mixers(arch)) if kind == "latent_attention"]
-    widest = max(arch["head_dim"], *([per_layer(arch["kv_lora_rank"], index) for index in latent] or [0]))
+    ranks = [per_layer(arch["kv_lora_rank"], index) for index in latent]
+    widest = max(arch["head_dim"], *ranks, arch["qk_rope_head_dim"] if latent else 0)
     if model.device.type == "cuda" and widest > MOST_WIDTH:
         return f"keys {widest} wide (at most {MOST_WIDTH} on a GPU)"
     return None
@@ -104,11 +105,13 @@ def _latent_shapes(arch: Mapping[str, Any], index: int) -> dict[str, tuple[int, 
     width, heads = arch["hidden_size"], arch["num_attention_heads"]
     rank, query_rank = per_layer(arch["kv_lora_rank"], index), per_layer(arch["q_lora_rank"], index)
     nope, rope, value = arch["qk_nope_head_dim"], arch["qk_rope_head_dim"], arch["v_head_dim"]
-    query = heads * (nope + rope)
+    query = heads * (arch["head_dim"] if arch["qk_norm"] else nope + rope)
+    keys = arch["num_key_value_heads"] * arch["head_dim"] if arch["qk_norm"] else 0
     shapes = {
-        "kv_a_proj_with_mqa": (rank + rope, width),
+        "kv_a_proj_with_mqa": (rank + rope, width + keys),
         "kv_b_proj": (heads * (nope + value), rank),
         "o_proj": (width, heads * value),
+        **({"k_proj": (keys, width)} if keys else {}),
     }
     if query_rank is None:
         return shapes | {"q_proj": (query, width)}

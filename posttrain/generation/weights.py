@@ -151,9 +151,18 @@ def _full_parts(mixer: nn.Module, arch: Mapping[str, Any], index: int) -> dict[s
 
 
 def _latent_parts(mixer: nn.Module, arch: Mapping[str, Any], index: int) -> dict[str, Packed]:
-    """q_kv [H (d_n + d_r) + r + d_r, D] or, with a query rank, [r_q + r + d_r, D] and q_b; to_key, to_value; o."""
+    """q_kv [H (d_n + d_r) + r + d_r, D] or, with a query rank, [r_q + r + d_r, D] and q_b; to_key, to_value; o.
+
+    With QK-norm, q_k [H d + G d, D] (or [r_q + G d, D]), kv [r + d_r, D + G d], q_map [G, d_n + d_r, d] in its place.
+    """
     first = mixer.q_proj if per_layer(arch["q_lora_rank"], index) is None else mixer.q_a_proj
-    parts = _linear("q_kv", first, mixer.kv_a_proj_with_mqa) | _linear("o", mixer.o_proj)
+    if arch["qk_norm"]:
+        parts = _linear("q_k", first, mixer.k_proj) | _linear("kv", mixer.kv_a_proj_with_mqa)
+        parts |= {"head_q_norm": _packed(mixer.q_norm.weight), "head_k_norm": _packed(mixer.k_norm.weight)}
+        parts |= {"q_map": _packed(mixer.q_map)}
+    else:
+        parts = _linear("q_kv", first, mixer.kv_a_proj_with_mqa)
+    parts |= _linear("o", mixer.o_proj)
     if hasattr(mixer, "q_b_proj"):
         parts |= _linear("q_b", mixer.q_b_proj)
     heads = mixer.kv_b_proj.weight.unflatten(0, (arch["num_attention_heads"], -1))  # [H, d_n + d_v, r]

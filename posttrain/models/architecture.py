@@ -47,6 +47,7 @@ _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _LATENT_OPTIONAL: dict[str, Any] = {
     "q_lora_rank": None,
     "rope_frequency_indices": None,
+    "latent_rope_parameters": None,
     "query_pre_attn_scalar": None,
     "latent_bias": False,
     "latent_out_bias": None,
@@ -65,6 +66,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model_type = str(config.get("model_type") or "")
     family = str(config.get("source_model_type") or "") if model_type == "upcycled" else model_type
+    _refuse_what_no_family_has(config, model_type)
     if family not in SUPPORTED_FAMILIES:
         _unsupported(f"model_type {model_type or 'missing'!r}" if model_type != "upcycled" else f"source {family!r}")
     missing = [name for name in _REQUIRED if not isinstance(config.get(name), int)]
@@ -81,7 +83,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     result |= {name: default if config.get(name) is None else config[name] for name, default in defaults.items()}
     result["num_key_value_heads"] = config.get("num_key_value_heads", defaults["num_key_value_heads"]) or heads
     result["head_dim"] = result["head_dim"] or result["hidden_size"] // heads
-    result["qk_norm"] = family == "qwen3"
+    result["qk_norm"] = bool(config.get("qk_norm")) if model_type == "upcycled" else family == "qwen3"
     if model_type != "upcycled":
         result |= _FIXED_BIASES[family]
     out_bias = family in _OUT_BIAS_FOLLOWS and result["attention_bias"]
@@ -152,7 +154,14 @@ def _latent_parameters(arch: Mapping[str, Any], layer: int) -> int:
     rank, query_rank = per_layer(arch["kv_lora_rank"], layer), per_layer(arch["q_lora_rank"], layer)
     nope, rope, value = arch["qk_nope_head_dim"], arch["qk_rope_head_dim"], arch["v_head_dim"]
     query, latent = heads * (nope + rope), rank + rope
-    count = width * query if query_rank is None else query_rank * (width + query)
+    count = 0
+    if arch["qk_norm"]:
+        head, keys = arch["head_dim"], arch["num_key_value_heads"] * arch["head_dim"]
+        query = heads * head
+        # k_proj, the keys' columns of kv_a, q_map, and one norm each for queries and keys.
+        count += width * keys + keys * latent + keys * (nope + rope) + 2 * head
+        count += keys if arch["attention_bias"] else 0
+    count += width * query if query_rank is None else query_rank * (width + query)
     count += width * latent + rank * heads * (nope + value) + heads * value * width
     count += (query if arch["attention_bias"] else 0) + (latent if arch["latent_bias"] else 0)
     count += width if arch["latent_out_bias"] else 0
@@ -191,12 +200,22 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _refuse_what_is_not_handled(config: Mapping[str, Any], family: str) -> None:
-    if any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        _unsupported("mixture of experts")
+def _refuse_what_no_family_has(config: Mapping[str, Any], model_type: str) -> None:
+    """The reason before the name: a family that is not in the list says more about itself than its name."""
+    of = f" (model_type {model_type!r})" if model_type else ""
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if config.get(name):
+            _unsupported(f"mixture of experts, {name} {config[name]}{of}")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(name):
-            _unsupported(f"soft-capped logits ({name})")
+            _unsupported(f"soft-capped logits ({name}){of}")
+    nested = config.get("attn_config")
+    alibi = config.get("alibi") or (nested.get("alibi") if isinstance(nested, Mapping) else None)
+    if alibi or config.get("position_embedding_type") == "alibi":
+        _unsupported(f"ALiBi instead of rotary embedding{of}")
+
+
+def _refuse_what_is_not_handled(config: Mapping[str, Any], family: str) -> None:
     if config.get("quantization_config"):
         _unsupported("quantised weights (quantization_config)")
     if window := _sliding_window(config, family):

@@ -58,6 +58,14 @@ MODELS = {
     "latent, low-rank query": lambda: make_upcycled(q_lora_rank=12, qk_latent_layernorm=True),
     "latent, rotary only": lambda: make_upcycled(qk_nope_head_dim=0, qk_rope_head_dim=16, query_pre_attn_scalar=5.0),
     "latent, wide values": lambda: make_upcycled(v_head_dim=24, rope_frequency_indices=[7, 0, 3, 1]),
+    "latent qk norm": lambda: make_upcycled("qwen3"),
+    "latent qk norm, low-rank query": lambda: make_upcycled(
+        source=make_source("qwen3", attention_bias=True), q_lora_rank=12, latent_bias=True, kv_lora_rank=[40, 6]
+    ),
+    "latent, all heads' rotary keys": lambda: make_upcycled(
+        qk_nope_head_dim=0, qk_rope_head_dim=32, rope_frequency_indices=[*range(8)] * 2
+    ),
+    "latent, own rotary settings": lambda: make_upcycled(latent_rope_parameters=YARN),
     "latent, yarn": lambda: make_upcycled(source=make_source(rope_parameters=YARN), kv_lora_rank=[40, 6]),
 }
 """Between them they use every feature of the decoder."""

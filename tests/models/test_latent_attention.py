@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from upcycled_models import VARIANTS, left_padded, make_latent, token_ids
 
 from posttrain.models.architecture import cache_bytes_per_token, cache_elements_per_token, normalise
@@ -17,12 +18,18 @@ def _normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     return norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
 
 
-def _naive(layer: LatentAttention, hidden: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+def _naive(
+    layer: LatentAttention, hidden: torch.Tensor, frequencies: torch.Tensor, factor: float = 1.0
+) -> torch.Tensor:
     """Multi-head latent attention as written down in the paper, one head and one query at a time."""
     config = layer.config
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-    latent, shared = layer.kv_a_proj_with_mqa(hidden).split((layer.rank, rope), dim=1)
+    compressed = hidden
+    if config.qk_norm:
+        keys = [_normed(head, layer.k_norm) for head in layer.k_proj(hidden).split(config.head_dim, dim=1)]
+        compressed = torch.cat((hidden, *keys), dim=1)
+    latent, shared = layer.kv_a_proj_with_mqa(compressed).split((layer.rank, rope), dim=1)
     if layer.query_rank is None:
         query = layer.q_proj(hidden)
     else:
@@ -31,11 +38,15 @@ def _naive(layer: LatentAttention, hidden: torch.Tensor, frequencies: torch.Tens
     if config.qk_latent_layernorm:
         latent = _normed(latent, layer.kv_a_layernorm)
     up = layer.kv_b_proj.weight.view(layer.num_heads, nope + value, layer.rank)
+    if config.qk_norm:
+        heads = [_normed(head, layer.q_norm) for head in query.split(config.head_dim, dim=1)]
+        group = config.num_attention_heads // config.num_key_value_heads
+        query = torch.cat([head @ layer.q_map[h // group].T for h, head in enumerate(heads)], dim=1)
     query = query.view(len(hidden), layer.num_heads, nope + rope)
 
     def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
         pairs = torch.complex(x[: rope // 2], x[rope // 2 :]) * torch.polar(
-            torch.ones(rope // 2), position * frequencies
+            torch.full((rope // 2,), factor), position * frequencies
         )
         return torch.cat((pairs.real, pairs.imag))
 
@@ -61,13 +72,17 @@ def test_equals_the_definition(variant: str, implementation: str) -> None:
     model = make_latent(**VARIANTS[variant])
     model.set_attn_implementation(implementation)
     rope = model.config.qk_rope_head_dim
-    indices = VARIANTS[variant].get("rope_frequency_indices", list(range(0, 8, 16 // rope)))
-    frequencies = (1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16))[indices]
+    indices = VARIANTS[variant].get("rope_frequency_indices", list(range(0, 8, max(1, 16 // rope))))
+    frequencies, factor = (1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16))[indices], 1.0
+    if own := VARIANTS[variant].get("latent_rope_parameters"):
+        llama = LlamaConfig(head_dim=rope, rope_parameters=dict(own), max_position_embeddings=512)
+        frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](llama, None)
+        assert factor > 1.1 and len(frequencies) == rope // 2
     layer, seen = model.model.layers[1].self_attn, {}
     layer.register_forward_hook(lambda module, args, output: seen.update(hidden=args[0], output=output))
     with torch.no_grad():
         model(token_ids(1, 7))
-        assert torch.allclose(seen["output"][0], _naive(layer, seen["hidden"][0], frequencies), atol=1e-5)
+        assert torch.allclose(seen["output"][0], _naive(layer, seen["hidden"][0], frequencies, factor), atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -104,6 +104,13 @@ def test_old_and_new_spelling_of_rotary_settings() -> None:
     ("changes", "words"),
     [
         ({"model_type": "mixtral"}, "'mixtral'"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8},
+            "mixture of experts, num_local_experts 8 (model_type 'mixtral')",
+        ),
+        ({"model_type": "falcon", "alibi": True}, "ALiBi instead of rotary embedding (model_type 'falcon')"),
+        ({"position_embedding_type": "alibi"}, "ALiBi"),
+        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, "soft-capped logits (final_logit_softcapping)"),
         ({"model_type": "gemma2"}, "'gemma2'"),
         ({"model_type": None}, "missing"),
         ({"num_local_experts": 8}, "mixture of experts"),

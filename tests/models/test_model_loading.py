@@ -121,6 +121,53 @@ def test_remote_code_without_the_package(tmp_path: Path) -> None:
     assert code_files <= {file.name for file in (tmp_path / "again").iterdir()}
 
 
+@pytest.mark.parametrize("ranks", [24, [40, 6]], ids=["uniform", "by layer"])
+def test_card_verification_10_plain_transformers_in_a_new_process(ranks: int | list[int], tmp_path: Path) -> None:
+    models = [
+        make_latent(family, kv_lora_rank=ranks).to(dtype)
+        for family in ("llama", "qwen2", "qwen3")
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for index, model in enumerate(models):
+        save_model(model, tiny_tokenizer(), tmp_path / f"m{index}", max_shard_size="40KB")
+        assert len(list((tmp_path / f"m{index}").glob("*.safetensors"))) > 1
+    code = (
+        "import sys\n"
+        "sys.modules['posttrain'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "models = []\n"
+        f"for index in range({len(models)}):\n"
+        "    model, told = AutoModelForCausalLM.from_pretrained(\n"
+        "        f'{folder}/m{index}', trust_remote_code=True, dtype='auto', output_loading_info=True\n"
+        "    )\n"
+        "    assert not any(told[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), told\n"
+        "    models.append(model)\n"
+    )
+    logits = _logits_in_a_new_process(code, tmp_path, with_package=False)
+    for model, theirs in zip(models, logits, strict=True):
+        assert torch.equal(theirs, _logits(model))
+
+
+@pytest.mark.parametrize("ranks", [24, [40, 6]], ids=["uniform", "by layer"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_card_verification_10_a_merged_adapter_gives_equal_logits(family: str, ranks: int | list[int]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = make_latent(family, kv_lora_rank=ranks)
+    plain = _logits(model)
+    targets = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        attached = adapted(input_ids=token_ids()).logits
+    assert (attached - plain).abs().max() > 1e-2, "the adapter does nothing"
+    merged = adapted.merge_and_unload()
+    assert torch.allclose(_logits(merged), attached, atol=1e-4)
+    with torch.no_grad():  # merged projections are absorbed again
+        past = merged(token_ids()[:, :-1], use_cache=True).past_key_values
+        step = merged(token_ids()[:, -1:], past_key_values=past).logits[:, 0]
+    assert torch.allclose(step, attached[:, -1], atol=1e-4)
+
+
 @pytest.mark.parametrize("shard", ["5GB", "40KB"])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 def test_round_trip_through_a_folder(dtype: torch.dtype | None, shard: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from source_models import FAMILIES, make_source
 from transformers import AutoConfig
-from upcycled_models import MLA
+from upcycled_models import MLA, YARN
 
 from posttrain.models.upcycled.configuration_upcycled import UpcycledConfig
 
@@ -48,12 +48,17 @@ def test_evenly_spread_frequencies_by_default() -> None:
         ({"kv_lora_rank": [8, None]}, "kv_lora_rank of layer 1 is None"),
         ({"q_lora_rank": -1}, "q_lora_rank of layer 0 is -1"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim 7"),
-        ({"qk_rope_head_dim": 32}, "qk_rope_head_dim 32"),
+        ({"qk_rope_head_dim": 34}, "qk_rope_head_dim 34 must be even and between 2 and the source's keys together, 32"),
+        ({"qk_rope_head_dim": 0}, "qk_rope_head_dim 0"),
+        ({"qk_nope_head_dim": -1}, "qk_nope_head_dim -1 must not be negative"),
         ({"v_head_dim": 0}, "must be positive"),
         ({"rope_frequency_indices": [0, 1]}, "4 indices below 8"),
         ({"rope_frequency_indices": [0, 1, 2, 8]}, "4 indices below 8"),
         ({"mixers": ["latent_attention"]}, "1 mixers for 2 layers"),
-        ({"qk_norm": True}, "QK-norm"),
+        ({"qk_norm": True, "qk_latent_layernorm": True}, "cannot be combined with qk_norm"),
+        ({"latent_rope_parameters": YARN, "rope_frequency_indices": [0, 1, 2, 3]}, "exclude each other"),
+        ({"latent_rope_parameters": {**YARN, "rope_type": "dynamic"}}, "need rope_theta and a rope_type"),
+        ({"latent_rope_parameters": {"rope_type": "yarn"}}, "need rope_theta and a rope_type"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_key_value_heads": 3}, "share 3 key/value heads"),
         ({"source_model_type": "gpt2"}, "'gpt2' is not one of llama"),

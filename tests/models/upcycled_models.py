@@ -12,6 +12,8 @@ from posttrain.models.upcycling import build_upcycled
 MLA = {"kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
 PAD = 258
 
+YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
 VARIANTS = {
     "plain": {},
     "wide keys": {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8},
@@ -23,6 +25,15 @@ VARIANTS = {
     "chosen frequencies": {"rope_frequency_indices": [7, 0, 3, 1]},
     "biases": {"attention_bias": True, "latent_bias": True, "latent_out_bias": True},
     "ranks by layer": {"kv_lora_rank": [40, 6], "q_lora_rank": [None, 10]},
+    "all heads' rotary keys": {
+        "qk_nope_head_dim": 0,
+        "qk_rope_head_dim": 32,
+        "rope_frequency_indices": [*range(8)] * 2,
+    },
+    "own rotary settings": {"latent_rope_parameters": YARN},
+    "qk norm": {"family": "qwen3"},
+    "qk norm, low-rank query": {"family": "qwen3", "q_lora_rank": [None, 10], "kv_lora_rank": [40, 6]},
+    "qk norm, biases": {"source": {"family": "qwen3", "attention_bias": True}, "latent_bias": True},
     "beside full attention": {"mixers": ["full_attention", "latent_attention"], "kv_lora_rank": [None, 24]},
 }
 """Fields of `make_latent` that between them use every feature of latent attention."""
@@ -32,7 +43,7 @@ def make_latent(
     family: str = "llama", *, mixers: list[str] | None = None, source=None, **fields
 ) -> UpcycledForCausalLM:
     """A source with latent attention in the given layers (default: all), its new parameters random."""
-    source = source or make_source(family)
+    source = make_source(**source) if isinstance(source, dict) else source or make_source(family)
     mixers = mixers or ["latent_attention"] * source.config.num_hidden_layers
     model = build_upcycled(source, UpcycledConfig.from_source(source.config, mixers=mixers, **{**MLA, **fields}))
     fill_new_mixers(model)

@@ -50,13 +50,17 @@ class UpcycledConfig(PreTrainedConfig):
         mixers: name of each layer's mixer, from the table in `registry_upcycled.py`; null is full attention everywhere.
         kv_lora_rank: r, width of the cached latent; q_lora_rank: rank of the query projection, null for a full one.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head widths of latent attention, d_n, d_r, d_v.
-        rope_frequency_indices: the d_r/2 of the source's d_h/2 frequencies that the rotary key keeps, in order; null is
-            evenly spread from the fastest (every (d_h/d_r)-th where that is an integer).
+        rope_frequency_indices: d_r/2 indices into the source's d_h/2 frequencies that the rotary key turns with, in
+            order, possibly repeated (several shared keys side by side, d_r up to G·d_h); null is evenly spread from the
+            fastest (every (d_h/d_r)-th where that is an integer).
+        latent_rope_parameters: rotary settings of latent layers alone: frequencies and attention factor that
+            transformers gives a head of width d_r; null turns them with the source's frequencies.
         query_pre_attn_scalar: latent attention scales its scores by this to the power -1/2; null is the source's d_h.
         attention_bias, attention_out_bias, mlp_bias: biases on the query/key/value, output and MLP projections.
         latent_bias: bias on `kv_a_proj_with_mqa`; latent_out_bias: on a latent layer's `o_proj`, null as
             `attention_out_bias`. The query of a latent layer has a bias where `attention_bias` is set.
-        qk_norm: RMSNorm on each query and key head before the rotation (Qwen3).
+        qk_norm: RMSNorm on each query and key head before the rotation (Qwen3). A latent layer then compresses its
+            normalised keys (see `latent_upcycled.py`).
         qk_latent_layernorm: RMSNorm on the latents of latent attention.
         layer_types: derived; transformers' cache classes read it.
     """
@@ -95,6 +99,7 @@ class UpcycledConfig(PreTrainedConfig):
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     rope_frequency_indices: list[int] | None = None
+    latent_rope_parameters: dict | None = None
     query_pre_attn_scalar: int | float | None = None
     latent_bias: bool = False
     latent_out_bias: bool | None = None
@@ -203,25 +208,38 @@ def _check_latent(config: UpcycledConfig) -> None:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if getattr(config, name) is None:
             raise ValueError(f"latent_attention needs {name}")
-    if config.qk_norm:
+    if config.qk_norm and config.qk_latent_layernorm:
         raise ValueError(
-            "latent_attention cannot follow a source with QK-norm: the norm does not commute with a latent"
+            "qk_latent_layernorm cannot be combined with qk_norm: such latents hold normalised keys already"
         )
-    rope, head_dim = config.qk_rope_head_dim, config.head_dim
-    if rope % 2 or not 0 < rope <= head_dim:
-        raise ValueError(f"qk_rope_head_dim {rope} must be even and between 2 and the source's head_dim {head_dim}")
+    rope, widest = config.qk_rope_head_dim, config.num_key_value_heads * config.head_dim
+    if rope % 2 or not 0 < rope <= widest:
+        raise ValueError(f"qk_rope_head_dim {rope} must be even and between 2 and the source's keys together, {widest}")
     if config.qk_nope_head_dim < 0 or config.v_head_dim < 1:
         raise ValueError(
-            f"qk_nope_head_dim {config.qk_nope_head_dim} and v_head_dim {config.v_head_dim} must be positive"
+            f"qk_nope_head_dim {config.qk_nope_head_dim} must not be negative, v_head_dim {config.v_head_dim} must be "
+            "positive"
         )
-    indices = config.kept_frequencies()
-    if len(indices) != rope // 2 or any(not 0 <= index < head_dim // 2 for index in indices):
-        raise ValueError(
-            f"rope_frequency_indices must hold {rope // 2} indices below {head_dim // 2} for qk_rope_head_dim {rope}, "
-            f"not {indices}"
-        )
+    _check_latent_rope(config)
     for name in ("kv_lora_rank", "q_lora_rank"):
         _check_ranks(config, name)
+
+
+def _check_latent_rope(config: UpcycledConfig) -> None:
+    rope, pairs, own = config.qk_rope_head_dim, config.head_dim // 2, config.latent_rope_parameters
+    if own is None:
+        indices = config.kept_frequencies()
+        if len(indices) != rope // 2 or any(not 0 <= index < pairs for index in indices):
+            raise ValueError(
+                f"rope_frequency_indices must hold {rope // 2} indices below {pairs} for qk_rope_head_dim {rope}, "
+                f"not {indices}"
+            )
+        return
+    if config.rope_frequency_indices is not None:
+        raise ValueError("rope_frequency_indices and latent_rope_parameters exclude each other: give one of them")
+    kinds = [kind for kind in ROPE_TYPES if kind != "dynamic"]
+    if own.get("rope_type") not in kinds or not own.get("rope_theta"):
+        raise ValueError(f"latent_rope_parameters need rope_theta and a rope_type of {', '.join(kinds)}, not {own}")
 
 
 def _check_ranks(config: UpcycledConfig, name: str) -> None:

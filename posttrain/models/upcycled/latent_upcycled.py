@@ -1,7 +1,12 @@
 """Multi-head latent attention: one latent and one rotary key per token are cached (DeepSeek-V2, arXiv 2405.04434).
 
-Legend: B batch, T queries, S cached tokens, H heads, r kv_lora_rank, d_n/d_r/d_v position-free key, rotary key and
-value width. Score of a head: q_nope·(W_K c) + q_rope·k_rope, with the latent c [r] and one k_rope [d_r] for all heads.
+Legend: B batch, T queries, S cached tokens, D hidden width, H query heads, G source KV heads, d_h head_dim,
+r kv_lora_rank, d_n/d_r/d_v position-free key, rotary key and value width. Score of a head: q_nope·(W_K c) +
+q_rope·k_rope, with the latent c [r] and one k_rope [d_r] for all heads.
+
+Of a source with QK-norm (Qwen3) the keys are normalised before they are compressed: `k_norm` runs at write time; c and
+k_rope are linear in the hidden state (the values' share) and in the normalised keys. A query head is normalised too,
+then mapped by its group's `q_map`. What is cached and how it is read stay the same; at full rank nothing is lost.
 """
 
 from __future__ import annotations
@@ -45,18 +50,29 @@ class LatentAttention(nn.Module):
 
     def _make_projections(self, config: UpcycledConfig) -> None:
         width, query = config.hidden_size, self.num_heads * (self.nope_dim + self.rope_dim)
+        if config.qk_norm:
+            query, keys = self.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+            self._make_qk_norm(config)
         if self.query_rank is None:
             self.q_proj = nn.Linear(width, query, bias=config.attention_bias)
         else:
             self.q_a_proj = nn.Linear(width, self.query_rank, bias=False)
             self.q_b_proj = nn.Linear(self.query_rank, query, bias=config.attention_bias)
-        self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + self.rope_dim, bias=config.latent_bias)
+        compressed = width + keys if config.qk_norm else width
+        self.kv_a_proj_with_mqa = nn.Linear(compressed, self.rank + self.rope_dim, bias=config.latent_bias)
         self.kv_b_proj = nn.Linear(self.rank, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.value_dim, width, bias=config.latent_out_bias)
         if config.qk_latent_layernorm:
             self.kv_a_layernorm = UpcycledRMSNorm(self.rank, config.rms_norm_eps)
             if self.query_rank is not None:
                 self.q_a_layernorm = UpcycledRMSNorm(self.query_rank, config.rms_norm_eps)
+
+    def _make_qk_norm(self, config: UpcycledConfig) -> None:
+        shared, width = config.num_key_value_heads, config.head_dim
+        self.q_norm = UpcycledRMSNorm(width, config.rms_norm_eps)
+        self.q_map = nn.Parameter(torch.empty(shared, self.nope_dim + self.rope_dim, width))
+        self.k_proj = nn.Linear(config.hidden_size, shared * width, bias=config.attention_bias)
+        self.k_norm = UpcycledRMSNorm(width, config.rms_norm_eps)
 
     def forward(
         self,
@@ -85,10 +101,17 @@ class LatentAttention(nn.Module):
         else:
             query = self.q_a_proj(hidden_states)
             query = self.q_b_proj(self.q_a_layernorm(query) if self.config.qk_latent_layernorm else query)
-        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query = query.unflatten(-1, (self.num_heads, -1))
+        if self.config.qk_norm:
+            groups = self.q_norm(query).unflatten(2, (len(self.q_map), -1))  # [B, T, G, H/G, d_h]
+            query = torch.einsum("btghd,gnd->btghn", groups, self.q_map).flatten(2, 3)
+        query = query.transpose(1, 2)
         return query.split((self.nope_dim, self.rope_dim), dim=-1)
 
     def _compress(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.qk_norm:
+            keys = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (len(self.q_map), -1)))
+            hidden_states = torch.cat((hidden_states, keys.flatten(2)), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split((self.rank, self.rope_dim), dim=-1)
         return (self.kv_a_layernorm(latent) if self.config.qk_latent_layernorm else latent), k_rope
 

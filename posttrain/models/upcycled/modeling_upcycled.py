@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -72,6 +73,8 @@ class UpcycledPreTrainedModel(PreTrainedModel):
             module.reset_buffers()
         else:
             super()._init_weights(module)
+            if getattr(module, "q_map", None) is not None:  # a parameter of latent attention's own
+                init.normal_(module.q_map, std=self.config.initializer_range)
 
 
 class UpcycledModel(UpcycledPreTrainedModel):
