@@ -14,7 +14,8 @@ from posttrain.methods.mla_upcycling import latent, rotary
 from posttrain.methods.mla_upcycling.calibration import CalibrationStatistics, attention_layers
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.methods.mla_upcycling.plan import LayerPlan, MlaPlan
-from posttrain.methods.mla_upcycling.shape import MlaShape, resolve_shape
+from posttrain.methods.mla_upcycling.ranks import energy_rank, water_fill
+from posttrain.methods.mla_upcycling.shape import MlaShape, largest_rank, resolve_shape
 from posttrain.models.architecture import normalise
 
 
@@ -48,11 +49,15 @@ def build_plan(
             where="objective",
             fix="give a calibration input, e.g. inputs.calibration=data.train, or objective=weight",
         )
-    layers = []
-    for index, attention in enumerate(attention_layers(model)):
+    blocks = attention_layers(model)
+
+    def decompose(index: int) -> _Parts:
         second, mean = (None, None) if objective == "weight" else (stats.second[index], stats.mean[index])
-        source = SourceLayer.read(attention, second, mean)
-        layers.append(_plan_layer(index, source, shape, cfg, objective))
+        return _decompose(SourceLayer.read(blocks[index], second, mean), shape, cfg, objective)
+
+    layers = []
+    for index, rank in enumerate(_ranks(cfg, shape, decompose)):
+        layers.append(_finish(index, decompose(index), rank))
         if on_layer is not None:
             on_layer(index + 1)
     provenance = {
@@ -88,13 +93,30 @@ def _affine(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _plan_layer(index: int, source: SourceLayer, shape: MlaShape, cfg: MlaUpcycleConfig, objective: str) -> LayerPlan:
+@dataclass(frozen=True)
+class _Parts:
+    """One layer before its rank is known; `maps` are the rotary ones, `key_mean` what the latent leaves out."""
+
+    maps: tuple[Tensor, Tensor]
+    moment: Tensor
+    weighting: Tensor
+    unweighting: Tensor
+    alpha: float
+    position_free: Tensor
+    keys: int
+    key_rows: Tensor
+    key_mean: Tensor
+    carried: float
+    dropped: float
+
+
+def _decompose(source: SourceLayer, shape: MlaShape, cfg: MlaUpcycleConfig, objective: str) -> _Parts:
+    """Everything of a layer that does not depend on its rank."""
     width = shape.kv_heads * shape.head_dim  # G·d_h
     moment, mean = latent.output_moment(*source.keys_values, source.second, source.mean)
-    rope_rows = list(shape.rope_rows)
-    pairs = rotary.head_moments(moment[:width, :width], rope_rows, shape.kv_heads)
-    weigh = rotary.principal_weights if cfg.key_kind == "principal" else rotary.mean_weights
-    key_weights, query_weights = weigh(pairs)
+    rotary_key, rotary_query = _rotary_maps(moment[:width, :width], shape, cfg)
+    carry = rotary.carried_rows(rotary_query) @ rotary_key  # [G·d_h, G·d_h]
+    carried, dropped = _key_energies(moment[:width, :width], carry, shape, cfg.residual_kept)
 
     selected = _nope_index(shape, moment.device)
     published = cfg.rotary_plan == "xeco"
@@ -102,10 +124,8 @@ def _plan_layer(index: int, source: SourceLayer, shape: MlaShape, cfg: MlaUpcycl
     if published:  # X-EcoMLA decomposes every key row and drops the rotary ones afterwards.
         position_free, keys = eye, width
     else:
-        shared = rotary.shared_key_rows(key_weights, rope_rows, shape.head_dim)
-        carried = rotary.carried_rows(query_weights, rope_rows, shape.head_dim)
         residual = eye[:width].clone()
-        residual[:, :width] -= carried @ shared
+        residual[:, :width] -= carry
         position_free, keys = torch.cat([residual[selected], eye[width:]]), selected.numel()
     centred = shape.latent_bias and not published
     if centred:
@@ -113,17 +133,67 @@ def _plan_layer(index: int, source: SourceLayer, shape: MlaShape, cfg: MlaUpcycl
     else:
         moment = position_free @ moment @ position_free.T
 
-    weighting, unweighting, alpha = _weighting(moment, keys, source, shape, objective, balanced=not published)
-    found = latent.low_rank(moment, shape.kv_lora_rank, weighting, unweighting)
+    balance = cfg.balance_ratio if cfg.latent_kind == "bkv" else None
+    weighting, unweighting, alpha = _weighting(moment, keys, source, shape, objective, balance)
     key_rows = selected if published else torch.arange(keys, device=moment.device)
-    decode = torch.cat([found.decode[key_rows], found.decode[keys:]])
-    losses = _losses(moment, found, key_rows, keys, pairs, key_weights, query_weights, cfg.residual_kept)
-    summary = {"layer": index, "kv_lora_rank": shape.kv_lora_rank, "energy": found.energy, "alpha": alpha, **losses}
-    encode = (found.encode @ position_free).float()
+    centre = mean[:width] * centred
+    metric = (moment, weighting, unweighting)
+    return _Parts((rotary_key, rotary_query), *metric, alpha, position_free, keys, key_rows, centre, carried, dropped)
+
+
+def _finish(index: int, parts: _Parts, rank: int) -> LayerPlan:
+    found = latent.low_rank(parts.moment, rank, parts.weighting, parts.unweighting)
+    decode = torch.cat([found.decode[parts.key_rows], found.decode[parts.keys :]])
+    losses = _losses(parts.moment, found, parts.key_rows, parts.keys, parts.carried, parts.dropped)
+    summary = {"layer": index, "kv_lora_rank": rank, "energy": found.energy, "alpha": parts.alpha, **losses}
+    encode = (found.encode @ parts.position_free).float()
     # From the rounded matrix and in float64: Qwen2's biases are large, and all but nothing must be left of them.
-    offset = encode.double()[:, :width] @ (mean[:width] * centred)
-    tensors = (key_weights.float(), query_weights.float(), encode, decode.float(), offset)
+    offset = encode.double()[:, : parts.key_mean.numel()] @ parts.key_mean
+    tensors = (*(matrix.float() for matrix in parts.maps), encode, decode.float(), offset)
     return LayerPlan(*(tensor.cpu() for tensor in tensors), summary=summary)
+
+
+def _ranks(cfg: MlaUpcycleConfig, shape: MlaShape, decompose: Callable[[int], _Parts]) -> list[int]:
+    """The rank of every layer; where it follows from spectra these come first, so that no layer's matrices are kept."""
+    if cfg.energy is None and cfg.allocation == "uniform":
+        return [shape.kv_lora_rank] * shape.layers
+    parts = (decompose(index) for index in range(shape.layers))
+    spectra = [latent.spectrum(layer.moment, layer.weighting).cpu() for layer in parts]
+    largest = min(largest_rank(cfg, shape.head_dim, shape.kv_heads, shape.qk_rope_head_dim), len(spectra[0]))
+    spectra = [spectrum[:largest] for spectrum in spectra]
+    if cfg.energy is not None:
+        return [energy_rank(spectrum, cfg.energy, cfg.rank_multiple, cfg.energy_rule) for spectrum in spectra]
+    total = shape.layers * shape.kv_lora_rank
+    if cfg.bytes_per_token is not None:
+        total = cfg.bytes_per_token // 2 - shape.layers * shape.qk_rope_head_dim
+    try:
+        return water_fill(spectra, total, cfg.rank_multiple)
+    except ValueError as error:
+        raise RecipeError(
+            str(error), where="rank_multiple", fix="a larger budget or a smaller rank_multiple"
+        ) from error
+
+
+def _rotary_maps(moment: Tensor, shape: MlaShape, cfg: MlaUpcycleConfig) -> tuple[Tensor, Tensor]:
+    """`rotary_key` [d_r, G·d_h] and `rotary_query` [G, d_r, d_h] of the rotary plan, from the moment of the keys."""
+    if cfg.rotary_plan == "rorope":
+        collapse = shape.head_dim // shape.qk_rope_head_dim
+        fold = cfg.freqfold or collapse
+        return rotary.folded_maps(moment, shape.kv_heads, fold, fold // collapse)
+    rows = list(shape.rope_rows)
+    weigh = rotary.principal_weights if cfg.key_kind == "principal" else rotary.mean_weights
+    weights = weigh(rotary.head_moments(moment, rows, shape.kv_heads))
+    return rotary.pair_maps(*weights, rows, shape.head_dim)
+
+
+def _key_energies(moment: Tensor, carry: Tensor, shape: MlaShape, residual_kept: bool) -> tuple[float, float]:
+    """Energy of the keys that stays rotated, and energy of rotary rows that no position-free key keeps."""
+    carried = ((carry @ moment) * carry).sum().item()
+    if residual_kept:
+        return carried, 0.0
+    beside = torch.eye(carry.shape[0], dtype=carry.dtype, device=carry.device) - carry
+    left = ((beside @ moment) * beside).sum(1).unflatten(0, (shape.kv_heads, shape.head_dim))
+    return carried, left[:, list(shape.rope_rows)].sum().item()
 
 
 def _nope_index(shape: MlaShape, device: torch.device) -> Tensor:
@@ -146,9 +216,9 @@ def _without_key_mean(transform: Tensor, moment: Tensor, mean: Tensor, keys: int
 
 
 def _weighting(
-    moment: Tensor, keys: int, source: SourceLayer, shape: MlaShape, objective: str, balanced: bool
+    moment: Tensor, keys: int, source: SourceLayer, shape: MlaShape, objective: str, balance: float | None
 ) -> tuple[Tensor, Tensor, float]:
-    """S, S⁻¹ and α: the metric of the objective, with keys divided by α."""
+    """S, S⁻¹ and α: the metric of the objective, keys divided by α: `balance` times the balanced value; None: 1."""
     size = moment.shape[0]
     weighting = torch.eye(size, dtype=moment.dtype, device=moment.device)
     unweighting = weighting.clone()
@@ -156,7 +226,7 @@ def _weighting(
         key_metric, value_metric = _attention_metrics(source, shape)
         roots = [latent.symmetric_root(metric) for metric in (key_metric, value_metric)]
         weighting, unweighting = (torch.block_diag(*roots[0][side], *roots[1][side]) for side in (0, 1))
-    alpha = latent.balance(weighting @ moment @ weighting.T, keys) if balanced else 1.0
+    alpha = 1.0 if balance is None else balance * latent.balance(weighting @ moment @ weighting.T, keys)
     weighting[:keys] /= alpha
     unweighting[:, :keys] *= alpha
     return weighting, unweighting, alpha
@@ -183,19 +253,13 @@ def _losses(
     found: latent.LowRank,
     key_rows: Tensor,
     keys: int,
-    pairs: Tensor,
-    key_weights: Tensor,
-    query_weights: Tensor,
-    residual_kept: bool,
+    carried: float,
+    dropped: float,
 ) -> dict[str, float]:
     """Relative errors of keys and values (root of lost over total energy) and the share of key energy still rotated."""
     missing = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device) - found.decode @ found.encode
     lost = ((missing @ moment) * missing).sum(1).clamp_min(0)
     total = moment.diagonal()
-    carry = query_weights[:, :, None] * key_weights[:, None, :]  # [pairs, G, G]
-    carried = _trace(carry @ pairs @ carry.mT)
-    beside = torch.eye(pairs.shape[1], dtype=pairs.dtype, device=pairs.device) - carry
-    dropped = 0.0 if residual_kept else _trace(beside @ pairs @ beside.mT)
     key_total = total[key_rows].sum().item() + carried + dropped
     key_error = _root_ratio(lost[key_rows].sum().item() + dropped, key_total)
     value_error = _root_ratio(lost[keys:].sum().item(), total[keys:].sum().item())
@@ -205,10 +269,6 @@ def _losses(
         "rel_error": ((key_error**2 + value_error**2) / 2) ** 0.5,
         "rotary_energy": carried / key_total if key_total > 0 else 0.0,
     }
-
-
-def _trace(matrices: Tensor) -> float:
-    return matrices.diagonal(dim1=-2, dim2=-1).sum().item()
 
 
 def _root_ratio(part: float, whole: float) -> float:

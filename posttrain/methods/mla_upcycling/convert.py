@@ -115,16 +115,15 @@ def write_tensors(attention: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _query(linear: nn.Linear, layer: LayerPlan, shape: MlaShape, nope_scale: float) -> dict[str, Tensor]:
-    """Per head d_n position-free rows, then d_r rotary rows weighted by the head's share of the shared key."""
+    """Per head d_n position-free rows, then d_r rotary rows by the map of the head's group."""
     device = linear.weight.device
     group = shape.heads // shape.kv_heads
-    weights = layer.query_weights.double().to(device).T.repeat_interleave(group, 0).repeat(1, 2)  # [H, d_r]
-    rows = torch.tensor((*shape.nope_rows, *shape.rope_rows), dtype=torch.long, device=device)
-    factors = torch.cat([weights.new_full((shape.heads, len(shape.nope_rows)), nope_scale), weights], dim=1)
+    rotary = layer.rotary_query.double().to(device)  # [G, d_r, d_h]
+    nope = nope_scale * torch.eye(shape.head_dim, dtype=torch.float64, device=device)[list(shape.nope_rows)]
+    maps = torch.cat([nope.expand(shape.kv_heads, -1, -1), rotary], dim=1).repeat_interleave(group, 0)
     return {
-        f"q_proj.{name}": (
-            tensor.detach().double().unflatten(0, (shape.heads, shape.head_dim))[:, rows]
-            * factors.view(shape.heads, -1, *[1] * (tensor.dim() - 1))
+        f"q_proj.{name}": torch.einsum(
+            "hod,hd...->ho...", maps, tensor.detach().double().unflatten(0, (shape.heads, shape.head_dim))
         ).flatten(0, 1)
         for name, tensor in linear.named_parameters()
     }
@@ -132,11 +131,8 @@ def _query(linear: nn.Linear, layer: LayerPlan, shape: MlaShape, nope_scale: flo
 
 def _down(attention: nn.Module, layer: LayerPlan, shape: MlaShape) -> dict[str, Tensor]:
     """`kv_a_proj_with_mqa`: r latent rows, then the d_r rows of the shared rotary key."""
-    from posttrain.methods.mla_upcycling.rotary import shared_key_rows
-
     device = attention.k_proj.weight.device
-    encode, key_weights = layer.encode.double().to(device), layer.key_weights.double().to(device)
-    shared = shared_key_rows(key_weights, list(shape.rope_rows), shape.head_dim)
+    encode, shared = layer.encode.double().to(device), layer.rotary_key.double().to(device)
     down = torch.cat([encode, torch.cat([shared, torch.zeros_like(shared)], dim=1)])  # [r + d_r, 2·G·d_h]
     sides = (attention.k_proj, attention.v_proj)
     tensors = {"kv_a_proj_with_mqa.weight": down @ torch.cat([side.weight.detach().double() for side in sides])}

@@ -73,6 +73,12 @@ class LowRank:
     energy: float
 
 
+def spectrum(moment: Tensor, weighting: Tensor) -> Tensor:
+    """Eigenvalues of the weighted second moment, largest first: the energies that `low_rank` keeps in this order."""
+    weighted = weighting @ moment @ weighting.T
+    return torch.linalg.eigvalsh((weighted + weighted.T) / 2).flip(0).clamp_min(0)
+
+
 def low_rank(moment: Tensor, rank: int, weighting: Tensor | None = None, unweighting: Tensor | None = None) -> LowRank:
     """The best rank-`rank` latent for a second moment under a weighting.
 

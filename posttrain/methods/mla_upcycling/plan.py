@@ -12,25 +12,25 @@ from torch import Tensor
 
 from posttrain.methods.mla_upcycling.shape import MlaShape
 
-FORMAT = 1
-TENSORS = ("key_weights", "query_weights", "encode", "decode", "latent_offset")
+FORMAT = 2
+TENSORS = ("rotary_key", "rotary_query", "encode", "decode", "latent_offset")
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer. G KV heads, n = d_r/2 pairs, r latent rank; float32, `latent_offset` float64.
+    """One layer. G KV heads, r latent rank; float32, `latent_offset` float64.
 
     Attributes:
-        key_weights: [n, G], shared key k_r,l = sum_g key_weights[l, g] k_{g,l}.
-        query_weights: [n, G], rotary query of head h: query_weights[l, g(h)] q_{h,l}.
+        rotary_key: [d_r, G·d_h], shared rotary key from un-repeated pre-RoPE keys; half-split rows.
+        rotary_query: [G, d_r, d_h], rotary rows of a query head of group g from its pre-RoPE query.
         encode: [r, 2·G·d_h], latent from un-repeated pre-RoPE [keys ; values].
         decode: [G·(d_n + d_v), r], position-free keys then values from the latent; rows by part, head, row.
         latent_offset: [r], latent of the mean position-free key, subtracted from the latent; zero without biases.
         summary: numbers for the report, JSON-able.
     """
 
-    key_weights: Tensor
-    query_weights: Tensor
+    rotary_key: Tensor
+    rotary_query: Tensor
     encode: Tensor
     decode: Tensor
     latent_offset: Tensor
@@ -59,6 +59,24 @@ class MlaPlan:
             "shape": asdict(self.shape),
             "layers": [layer.summary for layer in self.layers],
         }
+
+    def diff(self, other: MlaPlan) -> list[str]:
+        """What differs, one readable line each; empty for equal plans.
+
+        Matrices are compared by relative distance (Frobenius). Eigenvectors of equal eigenvalues may turn freely, so a
+        distance between matrices need not mean another model.
+        """
+        lines = _changes(self.provenance, other.provenance) + _changes(
+            asdict(self.shape), asdict(other.shape), "shape."
+        )
+        if len(self.layers) != len(other.layers):
+            return [*lines, f"layers: {len(self.layers)} → {len(other.layers)}"]
+        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+            lines += _changes(mine.summary, theirs.summary, f"layers.{index}.")
+            lines += [
+                f"layers.{index}.{name}: {change}" for name in TENSORS if (change := _distance(mine, theirs, name))
+            ]
+        return lines
 
     def save(self, folder: Path) -> None:
         """Write `conversion.json` and `plan.safetensors`."""
@@ -90,3 +108,23 @@ class MlaPlan:
             for index, summary in enumerate(summaries)
         )
         return cls(MlaShape(**fields), layers, report)
+
+
+def _changes(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for name in sorted(mine.keys() | theirs.keys()):
+        one, two = mine.get(name), theirs.get(name)
+        if isinstance(one, dict) and isinstance(two, dict):
+            lines += _changes(one, two, f"{prefix}{name}.")
+        elif (list(one) if isinstance(one, tuple) else one) != (list(two) if isinstance(two, tuple) else two):
+            lines.append(f"{prefix}{name}: {one} → {two}")
+    return lines
+
+
+def _distance(mine: LayerPlan, theirs: LayerPlan, name: str) -> str | None:
+    one, two = getattr(mine, name).double(), getattr(theirs, name).double()
+    if one.shape != two.shape:
+        return f"shape {list(one.shape)} → {list(two.shape)}"
+    if one.equal(two):
+        return None
+    return f"relative distance {((one - two).norm() / one.norm().clamp_min(1e-30)).item():.3g}"

@@ -62,23 +62,49 @@ def mean_weights(head_moment: Tensor) -> tuple[Tensor, Tensor]:
     return head_moment.new_full(shape, 1.0 / shape[1]), head_moment.new_ones(shape)
 
 
-def shared_key_rows(key_weights: Tensor, rope_rows: list[int], head_dim: int) -> Tensor:
-    """The map from un-repeated keys to the shared rotary key.
+def pair_maps(key_weights: Tensor, query_weights: Tensor, rope_rows: list[int], head_dim: int) -> tuple[Tensor, Tensor]:
+    """The linear maps of a choice of pairs with one weight per KV head.
+
+    Args:
+        key_weights, query_weights: [d_r/2, G].
 
     Returns:
-        [d_r, G·d_h], half-split rows.
+        `rotary_key` [d_r, G·d_h], from un-repeated keys, and `rotary_query` [G, d_r, d_h], from a query head of each
+        group; half-split rows.
     """
     pairs, kv_heads = key_weights.shape
-    rows = key_weights.new_zeros(2 * pairs, kv_heads, head_dim)
-    index = torch.arange(2 * pairs, device=rows.device)
-    rows[index, :, torch.tensor(rope_rows, device=rows.device)] = key_weights.repeat(2, 1)
-    return rows.flatten(1)
+    index, rows = torch.arange(2 * pairs), torch.tensor(rope_rows)
+    key = key_weights.new_zeros(2 * pairs, kv_heads, head_dim)
+    key[index, :, rows] = key_weights.repeat(2, 1)
+    query = query_weights.new_zeros(kv_heads, 2 * pairs, head_dim)
+    query[:, index, rows] = query_weights.repeat(2, 1).T
+    return key.flatten(1), query
 
 
-def carried_rows(query_weights: Tensor, rope_rows: list[int], head_dim: int) -> Tensor:
-    """The map from the shared rotary key back to the key each head sees through its weighted query.
+def folded_maps(moment: Tensor, kv_heads: int, fold: int, kept: int) -> tuple[Tensor, Tensor]:
+    """RoRoPE with FreqFold: the `kept` leading directions over `fold` adjacent pairs of all KV heads, block by block.
+
+    The `fold` pairs of a block are treated as if they turned alike, so that one orthogonal matrix over G·fold complex
+    entries commutes with RoPE; with fold 1 they do, and it does.
 
     Returns:
-        [G·d_h, d_r]
+        as `pair_maps`, d_r = d_h/fold · kept; rotary pair b·kept + j is component j of block b.
     """
-    return shared_key_rows(query_weights, rope_rows, head_dim).T
+    head_dim = moment.shape[0] // kv_heads
+    blocks = head_dim // 2 // fold
+    layout = (kv_heads, 2, blocks, fold)
+    split = moment.reshape(*layout, *layout)
+    same_half = split.diagonal(dim1=1, dim2=5).sum(-1)  # [G, blocks, F, G, blocks, F]
+    joint = same_half.diagonal(dim1=1, dim2=4).permute(4, 0, 1, 2, 3)  # [blocks, G, F, G, F]
+    leading = rotations(joint.reshape(blocks, kv_heads * fold, -1))[:, :kept].unflatten(-1, (kv_heads, fold))
+    key = moment.new_zeros(2, blocks, kept, *layout)
+    for half in range(2):
+        for block in range(blocks):
+            key[half, block, :, :, half, block] = leading[block]
+    key = key.reshape(2 * blocks * kept, kv_heads, head_dim)
+    return key.flatten(1), key.transpose(0, 1).contiguous()
+
+
+def carried_rows(rotary_query: Tensor) -> Tensor:
+    """The map [G·d_h, d_r] from the shared rotary key back to the keys that heads see through their rotary queries."""
+    return rotary_query.transpose(1, 2).flatten(0, 1)

@@ -22,8 +22,11 @@ class MlaShape:
 
     Attributes:
         rope_rows: rows of a source head that become rotary, d_r of them, half-split: row i pairs with row i + d_r/2.
+            Empty for rorope, where every row takes part.
         nope_rows: rows of a source head that stay position-free, d_n of them.
         rope_frequency_indices: the source frequency of every rotary pair, d_r/2 indices into the source's d_h/2.
+        kv_lora_rank: r of every layer. Where ranks differ between layers they follow from the spectra, and this is the
+            uniform rank of the same budget (bytes_per_token), or the largest possible (energy).
         ratio: (r + d_r) / (2·G·d_h), after rounding.
     """
 
@@ -101,11 +104,13 @@ def resolve_shape(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> Mla
     check_family(architecture)
     head_dim, kv_heads = architecture["head_dim"], architecture["num_key_value_heads"]
     rope_dim = _rope_dim(head_dim, cfg)
-    indices = frequency_indices(head_dim, rope_dim, cfg.pairs)
+    indices = frequency_indices(head_dim, rope_dim, "uniform" if cfg.rotary_plan == "rorope" else cfg.pairs)
     if cfg.rotary_plan == "xeco":
         # The published module rotates neighbouring rows of the last d_r with each other; half-split order keeps that.
         last = range(head_dim - rope_dim, head_dim)
         rope_rows = (*last[0::2], *last[1::2])
+    elif cfg.rotary_plan == "rorope":
+        rope_rows = ()
     else:
         rope_rows = (*indices, *(index + head_dim // 2 for index in indices))
     rotary = set(rope_rows)
@@ -116,7 +121,7 @@ def resolve_shape(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> Mla
         head_dim=head_dim,
         hidden_size=architecture["hidden_size"],
         layers=architecture["num_hidden_layers"],
-        kv_lora_rank=_rank(cfg, head_dim, kv_heads, rope_dim),
+        kv_lora_rank=_rank(cfg, head_dim, kv_heads, rope_dim, architecture["num_hidden_layers"]),
         qk_nope_head_dim=len(nope_rows),
         qk_rope_head_dim=rope_dim,
         v_head_dim=head_dim,
@@ -143,18 +148,41 @@ def _rope_dim(head_dim: int, cfg: MlaUpcycleConfig) -> int:
             where=where,
             fix=f"e.g. qk_rope_head_dim={2 * (head_dim // 4)}",
         )
-    if cfg.rotary_plan == "xeco" and head_dim % rope_dim:
+    if cfg.rotary_plan != "paired" and head_dim % rope_dim:
         raise RecipeError(
-            f"rotary_plan=xeco needs a qk_rope_head_dim that divides head_dim {head_dim}, {rope_dim} does not",
+            f"rotary_plan={cfg.rotary_plan} needs a qk_rope_head_dim that divides head_dim {head_dim}, "
+            f"{rope_dim} does not",
             where=where,
             fix=f"e.g. qk_rope_head_dim={head_dim // 2}",
+        )
+    collapse = head_dim // rope_dim
+    if cfg.freqfold is not None and (cfg.freqfold % collapse or head_dim // 2 % cfg.freqfold):
+        raise RecipeError(
+            f"freqfold {cfg.freqfold} must be a multiple of head_dim/d_r = {collapse} and divide head_dim/2 = "
+            f"{head_dim // 2}",
+            where="freqfold",
+            fix=f"e.g. freqfold={collapse}, or null",
         )
     return rope_dim
 
 
-def _rank(cfg: MlaUpcycleConfig, head_dim: int, kv_heads: int, rope_dim: int) -> int:
+def _rank(cfg: MlaUpcycleConfig, head_dim: int, kv_heads: int, rope_dim: int, layers: int) -> int:
     source, largest = 2 * kv_heads * head_dim, largest_rank(cfg, head_dim, kv_heads, rope_dim)
-    if cfg.kv_lora_rank is not None:
+    if cfg.energy is not None:
+        return largest
+    if cfg.bytes_per_token is not None:
+        rank, where = (
+            (cfg.bytes_per_token // 2 // layers - rope_dim) // cfg.rank_multiple * cfg.rank_multiple,
+            "bytes_per_token",
+        )
+        if rank <= 0:
+            raise RecipeError(
+                f"bytes_per_token {cfg.bytes_per_token} leaves no room for a latent in {layers} layers",
+                where=where,
+                fix=f"bytes_per_token={2 * layers * (rope_dim + cfg.rank_multiple)} or more",
+            )
+        rank = min(rank, largest)
+    elif cfg.kv_lora_rank is not None:
         rank, where = cfg.kv_lora_rank, "kv_lora_rank"
     else:
         where = "kv_ratio"

@@ -31,7 +31,7 @@ class MlaUpcycle(Stage):
     """Convert attention to multi-head latent attention; see `MlaUpcycleConfig` and docs/mla_upcycling.md."""
 
     type: ClassVar[str] = "mla_upcycle"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Config = MlaUpcycleConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="the source: Llama, Mistral or Qwen2 shaped, MHA, GQA or MQA"),
@@ -49,9 +49,10 @@ class MlaUpcycle(Stage):
         return {"model": model, "conversion": ArtifactMeta("conversion")}
 
     def check(self, cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
-        if cfg.objective in ("activation", "attention") and "calibration" not in inputs:
+        objective = cfg.objective_for("calibration" in inputs)
+        if objective != "weight" and "calibration" not in inputs:
             raise RecipeError(
-                f"objective={cfg.objective} needs calibration text",
+                f"objective={objective} needs calibration text",
                 where="objective",
                 fix="write inputs.calibration=data.train, or write objective=weight",
             )
@@ -221,6 +222,10 @@ def _notes(cfg: MlaUpcycleConfig, shape: MlaShape, before: int, after: int, has_
         f"layer: ratio {shape.ratio:.4f}{asked}, {1 / shape.ratio:.2f}x smaller than the source",
         f"parameters {after / before:.3f}x the source",
     ]
+    if cfg.energy is not None:
+        notes.append("ranks follow from the spectra (energy): shown is the largest possible rank, an upper bound")
+    elif cfg.allocation == "water_fill":
+        notes.append("ranks differ between layers (water_fill): shown is the uniform rank of the same budget")
     if shape.kv_lora_rank > shape.hidden_size:
         notes.append(f"rank {shape.kv_lora_rank} is wider than the hidden state, {shape.hidden_size}: some is unused")
     if has_calibration and cfg.objective_for(True) == "weight":

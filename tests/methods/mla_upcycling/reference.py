@@ -77,6 +77,31 @@ def partial_rope_attention(
     return affine(causal(scores * q.shape[-1] ** -0.5, v), tensors, "o_proj")
 
 
+def shared_rotary_attention(
+    x: Tensor,
+    tensors: dict[str, Tensor],
+    heads: int,
+    kv_heads: int,
+    turning: Tensor,
+    rotary_key: Tensor,
+    rotary_query: Tensor,
+) -> Tensor:
+    """The source's block where only the shared key's part of every score turns, with frequencies `turning` [d_r/2].
+
+    Args:
+        rotary_key: [d_r, G·d_h]; rotary_query: [G, d_r, d_h].
+    """
+    q, k, v = source_heads(x, tensors, heads, kv_heads)
+    positions, group = torch.arange(x.shape[1], dtype=x.dtype), heads // kv_heads
+    shared = k[:, ::group].transpose(1, 2).flatten(2) @ rotary_key.to(x).T  # [B, T, d_r]
+    scores = []
+    for head in range(heads):
+        mine = q[:, head] @ rotary_query[head // group].to(x).T
+        turned = turn(mine, turning, positions) @ turn(shared, turning, positions).mT
+        scores.append(q[:, head] @ k[:, head].mT - mine @ shared.mT + turned)
+    return affine(causal(torch.stack(scores, dim=1) * q.shape[-1] ** -0.5, v), tensors, "o_proj")
+
+
 def tensors_of(attention: nn.Module) -> dict[str, Tensor]:
     """A block's parameters in float64."""
     return {name: tensor.detach().double() for name, tensor in attention.named_parameters()}

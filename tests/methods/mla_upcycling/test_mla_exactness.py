@@ -36,6 +36,13 @@ def converted_output(model: torch.nn.Module, plan, x: torch.Tensor, layer: int =
     return reference.latent_attention(x, tensors, plan.shape, frequencies)
 
 
+def direction_of(plan, layer: int) -> torch.Tensor:
+    """Of a `paired` plan: the weights of the KV heads in every kept pair, [d_r/2, G]."""
+    indices = list(plan.shape.rope_frequency_indices)
+    key = plan.layers[layer].rotary_key[: len(indices)].unflatten(1, (plan.shape.kv_heads, -1))
+    return torch.stack([key[number, :, pair] for number, pair in enumerate(indices)])
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
@@ -87,7 +94,7 @@ def test_full_rank_is_the_partial_rope_model(
         model.config.num_attention_heads,
         kv_heads,
         reference.frequencies_of(model),
-        plan.layers[layer].key_weights,
+        direction_of(plan, layer),
         list(plan.shape.rope_frequency_indices),
     )
     assert relative(converted_output(model, plan, x, layer), expected) < 1e-4

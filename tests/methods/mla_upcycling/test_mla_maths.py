@@ -81,7 +81,7 @@ def test_the_sign_of_a_rotation_does_not_depend_on_the_solver() -> None:
 def test_shared_key_rows_pick_and_weigh_the_kept_rows() -> None:
     keys, _ = keys_moment()
     weights = random(2, KV_HEADS, seed=8)
-    rows = rotary.shared_key_rows(weights, [0, 2, 4, 6], WIDTH)
+    rows, _ = rotary.pair_maps(weights, weights, [0, 2, 4, 6], WIDTH)
     split = keys.view(-1, KV_HEADS, WIDTH)
     expected = torch.stack([split[..., row] @ weights[index % 2] for index, row in enumerate((0, 2, 4, 6))], dim=1)
     torch.testing.assert_close(keys @ rows.T, expected)
