@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,10 +16,18 @@ class DistillConfig(TrainingConfig):
     type: Literal["distill"] = "distill"
 
     tokens_per_step: int = Field(
-        393_216, ge=1, description="Tokens of one optimiser step, over all micro-batches and ranks."
+        393_216,
+        ge=1,
+        description="Tokens of one optimiser step, over all micro-batches and ranks (packing=documents: padding too).",
     )
     sequence_length: int = Field(
-        2048, ge=2, description="Tokens of one sequence. Documents are joined by EOS and cut; attention crosses them."
+        2048, ge=2, description="Tokens of one sequence, a row of the batch; what `packing` fills."
+    )
+    packing: Literal["stream", "documents"] = Field(
+        "stream",
+        description="stream: documents are joined by EOS and cut, attention crosses them (as in the papers). "
+        "documents: whole ones, best fit, longer ones split; attention and positions start anew at each, padding is "
+        "left out.",
     )
     chunk_tokens: int = Field(
         2048,
@@ -52,6 +60,12 @@ class DistillConfig(TrainingConfig):
     teacher_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the frozen teacher's weights; bfloat16 halves their memory."
     )
+    teacher_device: str = Field(
+        "same",
+        pattern=r"^(same|cpu|cuda:\d+)$",
+        description="Where the teacher computes: same (as the student), cpu, or cuda:N; hidden states are moved.",
+        json_schema_extra=NOT_IN_KEY,
+    )
     trainable: Literal["all", "mixers"] = Field(
         "all", description="all parameters, or the token mixers (attention) alone with the rest frozen."
     )
@@ -71,6 +85,13 @@ class DistillConfig(TrainingConfig):
                 f"({self.sequence_length}), e.g. tokens_per_step={nearest}"
             )
         return self
+
+    def key_fields(self) -> dict[str, Any]:
+        """As every stage's; the default packing is left out, so that earlier results keep their keys."""
+        fields = super().key_fields()
+        if self.packing == "stream":
+            del fields["packing"]
+        return fields
 
     @property
     def sequences_per_step(self) -> int:

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 
 from posttrain.data.reading import encode_documents, read_rows, token_blocks
 from posttrain.errors import StageError
+from posttrain.methods.distillation.loss import IGNORE
+from posttrain.methods.distillation.packing import PackedRows, pack_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,11 +35,66 @@ class OrderedBlocks(Dataset[dict[str, Tensor]]):
         return self.total
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.blocks[self.place(index)]}
+
+    def place(self, index: int) -> int:
+        """Which of the blocks is the run's sequence `index`."""
         epoch, place = divmod(index, len(self.blocks))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.blocks), generator=generator)
-        return {"input_ids": self.blocks[self._order[place]]}
+        return int(self._order[place])
+
+
+class OrderedPacks(OrderedBlocks):
+    """As `OrderedBlocks`, for rows of packed documents; every item also knows the totals of its optimiser step.
+
+    An item has `input_ids` and `position_ids` [T], `mask` [T] (false: padding), `labels` [T] (the next token of the
+    same document, else -100), and `step_tokens`, `step_labels`: unmasked and labelled tokens of the whole
+    optimiser step.
+    A loss divided by these depends neither on the micro-batch nor on where a run was interrupted.
+    """
+
+    def __init__(self, rows: PackedRows, total: int, seed: int, rows_per_step: int) -> None:
+        super().__init__(rows.ids, total, seed)
+        self.rows, self.rows_per_step = rows, rows_per_step
+        self._step, self._totals = -1, (0, 0)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        step_tokens, step_labels = self.totals(index // self.rows_per_step)
+        row = self.place(index)
+        ids, positions = self.rows.ids[row], self.rows.positions[row]
+        mask = torch.arange(len(ids)) < self.rows.real[row]
+        labels = ids.roll(-1).long()
+        # The next token is of the same document where the next position goes on; padding starts at position 0.
+        labels[~(mask & (positions.roll(-1) == positions + 1))] = IGNORE
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "mask": mask,
+            "labels": labels,
+            "step_tokens": torch.tensor(step_tokens),
+            "step_labels": torch.tensor(step_labels),
+        }
+
+    def totals(self, step: int) -> tuple[int, int]:
+        """Unmasked and labelled tokens of that optimiser step, counted from 0."""
+        if step != self._step:
+            first = step * self.rows_per_step
+            places = [self.place(index) for index in range(first, first + self.rows_per_step)]
+            tokens = int(self.rows.real[places].sum())
+            # Every piece has one token without a label: its last.
+            self._step, self._totals = step, (tokens, tokens - int(self.rows.pieces[places].sum()))
+        return self._totals
+
+
+def collate_packs(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The items' tensors stacked [B, T], int64 where they are ids; the totals of the step stay scalars."""
+    batch = {
+        name: torch.stack([item[name] for item in items]) for name in ("input_ids", "position_ids", "mask", "labels")
+    }
+    batch |= {name: batch[name].long() for name in ("input_ids", "position_ids")}
+    return batch | {name: items[0][name] for name in ("step_tokens", "step_labels")}
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -51,10 +108,7 @@ def read_blocks(folder: Path, tokenizer: PreTrainedTokenizerBase, sequence_lengt
     Raises:
         StageError: the dataset does not fill one sequence, or the tokenizer has no EOS.
     """
-    try:
-        documents = encode_documents(read_rows(folder), tokenizer)
-    except ValueError as error:
-        raise StageError(str(error), where=str(folder), fix="add an eos_token to tokenizer_config.json") from error
+    documents = _documents(folder, tokenizer)
     blocks = token_blocks(documents, sequence_length)
     if len(blocks) == 0:
         tokens = sum(len(document) for document in documents)
@@ -64,3 +118,22 @@ def read_blocks(folder: Path, tokenizer: PreTrainedTokenizerBase, sequence_lengt
             fix="give more text, or lower sequence_length",
         )
     return blocks
+
+
+def read_packs(folder: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> PackedRows:
+    """The documents of a dataset artifact packed into rows of `sequence_length`; at least one row.
+
+    Raises:
+        StageError: there is no document, or the tokenizer has no EOS.
+    """
+    documents = _documents(folder, tokenizer)
+    if not documents:
+        raise StageError("the training data has no documents", where=str(folder), fix="give more text")
+    return pack_documents(documents, sequence_length, tokenizer.eos_token_id)
+
+
+def _documents(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    try:
+        return encode_documents(read_rows(folder), tokenizer)
+    except ValueError as error:
+        raise StageError(str(error), where=str(folder), fix="add an eos_token to tokenizer_config.json") from error

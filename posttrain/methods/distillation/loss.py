@@ -77,11 +77,11 @@ def distillation_loss(
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
-    tokens: int | None = None,
+    tokens: int | Tensor | None = None,
     sequences: int | None = None,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
-    label_tokens: int | None = None,
+    label_tokens: int | Tensor | None = None,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
 ) -> LossParts:

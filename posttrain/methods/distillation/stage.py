@@ -78,6 +78,14 @@ class Distill(Stage):
                         fix=f"sequence_length={longest}",
                     )
                 )
+        if cfg.teacher_device.startswith("cuda") and not plans_for_gpu():
+            problems.append(
+                Problem(
+                    f"teacher_device={cfg.teacher_device}, but the run is planned for a machine without a GPU",
+                    where="teacher_device",
+                    fix="teacher_device=same",
+                )
+            )
         if data.rows == 0:
             problems.append(
                 Problem("the training data has no documents", where=_where(cfg, "data"), fix="give a file with text")
@@ -124,8 +132,8 @@ class Distill(Stage):
     def run(self, ctx: StageContext) -> dict[str, Path]:
         import torch
 
-        from posttrain.methods.distillation.data import read_blocks
-        from posttrain.methods.distillation.trainer import DistillTrainer
+        from posttrain.methods.distillation.data import read_blocks, read_packs
+        from posttrain.methods.distillation.trainer import DistillTrainer, teacher_device
         from posttrain.models.loading import load_model, load_tokenizer, save_model
         from posttrain.training.rehearsal import rehearse_save
 
@@ -134,9 +142,11 @@ class Distill(Stage):
             raise StageError("distill runs on one rank", where="engine.ranks", fix="engine.ranks=1")
         began = time.monotonic()
         tokenizer = load_tokenizer(ctx.inputs["student"].path)
-        blocks = read_blocks(ctx.inputs["data"].path, tokenizer, cfg.sequence_length)
+        read = read_packs if cfg.packing == "documents" else read_blocks
+        blocks = read(ctx.inputs["data"].path, tokenizer, cfg.sequence_length)
         student = load_model(ctx.inputs["student"].path, device=ctx.device, dtype=torch.float32)
-        teacher = load_model(ctx.inputs["teacher"].path, device=ctx.device, dtype=getattr(torch, cfg.teacher_dtype))
+        place = str(teacher_device(cfg.teacher_device, torch.device(ctx.device)))
+        teacher = load_model(ctx.inputs["teacher"].path, device=place, dtype=getattr(torch, cfg.teacher_dtype))
         _reset_peak_memory(ctx.device)
         save_dtype = getattr(torch, cfg.save_dtype)
         trainer = DistillTrainer(ctx, cfg, student, teacher, blocks)
@@ -147,7 +157,7 @@ class Distill(Stage):
         source = ctx.inputs["student"].path
         save_model(student.eval(), tokenizer, folders["model"], dtype=save_dtype, tokenizer_from=source)
         _write_history(folders["history"], history)
-        _record(ctx, trainer, history, len(blocks), time.monotonic() - began)
+        _record(ctx, trainer, history, blocks, time.monotonic() - began)
         return folders
 
     def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
@@ -178,14 +188,18 @@ def _write_history(folder: Path, history: list[dict[str, float]]) -> None:
 
 
 def _record(
-    ctx: StageContext, trainer: DistillTrainer, history: list[dict[str, float]], blocks: int, seconds: float
+    ctx: StageContext, trainer: DistillTrainer, history: list[dict[str, float]], blocks: Any, seconds: float
 ) -> None:
     cfg: DistillConfig = ctx.config
     tail = history[-max(1, len(history) // 10) :]
+    tokens, rows = len(history) * cfg.tokens_per_step, len(blocks)
+    if cfg.packing == "documents":
+        tokens, rows = sum(trainer.train_dataset.totals(step)[0] for step in range(len(history))), len(blocks.ids)
+        ctx.record_result(padding=blocks.waste)
     ctx.record_result(
         steps=len(history),
-        tokens=len(history) * cfg.tokens_per_step,
-        epochs=len(history) * cfg.sequences_per_step / blocks,
+        tokens=tokens,
+        epochs=len(history) * cfg.sequences_per_step / rows,
         final_loss=history[-1]["loss"],
         final_kl=history[-1]["kl"],
         last_tenth_kl=sum(row["kl"] for row in tail) / len(tail),

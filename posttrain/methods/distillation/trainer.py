@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import StageError
 from posttrain.methods.distillation.config import DistillConfig
-from posttrain.methods.distillation.data import OrderedBlocks, collate
+from posttrain.methods.distillation.data import OrderedBlocks, OrderedPacks, collate, collate_packs
 from posttrain.methods.distillation.loss import IGNORE, distillation_loss
+from posttrain.methods.distillation.packing import PackedRows
 from posttrain.pipeline.context import StageContext
 from posttrain.training.trainer import StageTrainer
 
@@ -20,7 +21,7 @@ MIXER = "self_attn"
 
 
 class DistillTrainer(StageTrainer):
-    """Trains `student` to the next-token distribution of `teacher` on the given token blocks [N, T]."""
+    """Trains `student` to the next-token distribution of `teacher` on token blocks [N, T] or on packed documents."""
 
     config: DistillConfig
 
@@ -30,8 +31,14 @@ class DistillTrainer(StageTrainer):
         config: DistillConfig,
         student: PreTrainedModel,
         teacher: PreTrainedModel,
-        blocks: Tensor,
+        blocks: Tensor | PackedRows,
     ) -> None:
+        packed = isinstance(blocks, PackedRows)
+        total = config.max_steps * config.sequences_per_step
+        if packed:
+            dataset: OrderedBlocks = OrderedPacks(blocks, total, ctx.seed, config.sequences_per_step)
+        else:
+            dataset = OrderedBlocks(blocks, total, ctx.seed)
         self.teacher = teacher.eval().requires_grad_(False)
         check_heads(student, teacher)
         select_trainable(student, config.trainable)
@@ -39,13 +46,26 @@ class DistillTrainer(StageTrainer):
             ctx,
             config,
             student,
-            OrderedBlocks(blocks, config.max_steps * config.sequences_per_step, ctx.seed),
-            collate,
+            dataset,
+            collate_packs if packed else collate,
             tokens_per_step=config.tokens_per_step,
             frozen=(teacher,),
-            whole_rows=True,
+            # Packed documents need masks, which transformers makes from the positions.
+            whole_rows=not packed,
         )
-        self.teacher.to(self.args.device)
+        self.teacher.to(teacher_device(config.teacher_device, self.args.device))
+        # Moved once: the loss needs it beside the student's at every step.
+        self.teacher_head = self.teacher.get_output_embeddings().weight.detach().to(self.args.device)
+
+    @property
+    def captures(self) -> bool:
+        """As for every stage; a graph holds one device, so that a teacher on another one is against it."""
+        if self.teacher.device == self.args.device:
+            return super().captures
+        if self.config.cuda_graph == "on":
+            where = f"stages.{self.ctx.name}.cuda_graph"
+            raise StageError("no CUDA graph: the teacher is on another device", where=where, fix=f"{where}=auto")
+        return False
 
     def compute_loss(
         self,
@@ -54,41 +74,70 @@ class DistillTrainer(StageTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        ids = inputs["input_ids"]  # [B, T]
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")  # [B, T]
         with torch.no_grad():
-            teacher_h = hidden_states(self.teacher, ids)
-        return self.divergence(hidden_states(model, ids), teacher_h, ids)
+            there = self.teacher.device
+            given = positions if positions is None else positions.to(there)
+            teacher_h = hidden_states(self.teacher, ids.to(there), given).to(ids.device)
+        return self.divergence(hidden_states(model, ids, positions), teacher_h, inputs)
 
-    def divergence(self, student_h: Tensor, teacher_h: Tensor, ids: Tensor) -> Tensor:
+    def divergence(self, student_h: Tensor, teacher_h: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """This micro-batch's share of the step's loss from both models' hidden states [B, T, D]."""
-        config = self.config
-        label_tokens = config.sequences_per_step * (config.sequence_length - 1)
+        config, ids = self.config, inputs["input_ids"]
+        tokens = inputs.get("step_tokens", config.tokens_per_step)
+        label_tokens = inputs.get("step_labels", config.sequences_per_step * (config.sequence_length - 1))
+        labels = inputs["labels"] if "labels" in inputs else next_tokens(ids)
         parts = distillation_loss(
             student_h,
             self.model.get_output_embeddings().weight,
             teacher_h,
-            self.teacher.get_output_embeddings().weight,
+            self.teacher_head,
+            inputs.get("mask"),
             reduction=config.reduction,
             temperature=config.temperature,
             divergence=config.divergence,
             beta=config.jsd_beta,
-            tokens=config.tokens_per_step,
+            tokens=tokens,
             sequences=config.sequences_per_step,
-            labels=next_tokens(ids) if config.ce_weight else None,
+            labels=labels if config.ce_weight else None,
             ce_weight=config.ce_weight,
             label_tokens=label_tokens,
             chunk_tokens=config.chunk_tokens,
             logits_dtype=getattr(torch, config.logits_dtype),
         )
-        self.record_parts(kl=parts.kl_sum / config.tokens_per_step)
+        self.record_parts(kl=parts.kl_sum / tokens)
         if config.ce_weight:
             self.record_parts(ce=parts.ce_sum / label_tokens)
         return parts.loss
 
 
-def hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """What the model's head multiplies: the normalised last hidden states [B, T, D]."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def hidden_states(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """What the model's head multiplies: the normalised last hidden states [B, T, D].
+
+    `positions` [B, T] that start anew inside a row part it into documents that do not see each other. A model that PEFT
+    wrapped is asked below the wrapping, with its adapters.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    # Named only when given: whole rows keep the call, and with it the compiled graph, that they had.
+    extra = {} if positions is None else {"position_ids": positions}
+    return model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+
+
+def teacher_device(wanted: str, student: torch.device) -> torch.device:
+    """The device `teacher_device` names.
+
+    Raises:
+        StageError: this machine does not have it.
+    """
+    device = student if wanted == "same" else torch.device(wanted)
+    if wanted.startswith("cuda") and device.index >= torch.cuda.device_count():
+        raise StageError(
+            f"there is no {wanted}: {torch.cuda.device_count()} CUDA devices are visible",
+            where="teacher_device",
+            fix="teacher_device=same",
+        )
+    return device
 
 
 def next_tokens(ids: Tensor) -> Tensor:
