@@ -15,7 +15,14 @@ SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 
 def training_arguments(
-    ctx: StageContext, config: TrainingConfig, micro_batch: int, accumulation: int, *, workers: int = 0, **changes: Any
+    ctx: StageContext,
+    config: TrainingConfig,
+    micro_batch: int,
+    accumulation: int,
+    *,
+    workers: int = 0,
+    arguments_class: type[TrainingArguments] = TrainingArguments,
+    **changes: Any,
 ) -> TrainingArguments:
     """Arguments for `StageTrainer`: what is saved, logged and reported is the stage's business, not transformers'.
 
@@ -26,10 +33,11 @@ def training_arguments(
         micro_batch: sequences of one forward pass; `accumulation`: forward passes of one optimiser step.
         workers: processes that make batches. Token blocks in memory need none: a batch is a copy of a few rows, and
             accelerate's loader already fetches one ahead. A dataset that tokenizes or packs on the way does.
-        changes: further `TrainingArguments` fields.
+        arguments_class: `TrainingArguments` or a subclass, such as TRL's `SFTConfig`.
+        changes: further fields of it.
     """
     cpu = ctx.device == "cpu"
-    arguments = TrainingArguments(
+    arguments = arguments_class(
         output_dir=str(ctx.checkpoint_dir),
         seed=ctx.seed,
         use_cpu=cpu,

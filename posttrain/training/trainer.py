@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from posttrain.errors import StageError
 from posttrain.models.architecture import normalise
@@ -48,6 +48,8 @@ class StageTrainer(Trainer):
         frozen: further models that `compute_loss` calls; they are made fast as well.
         whole_rows: no row is padded and attention may cross documents, so that no attention mask is needed.
         workers: processes that make batches, see `training_arguments`.
+        arguments_class, arguments: the class of the trainer's arguments and further fields of it.
+        trainer_kwargs: for the next trainer in the method resolution order, see `TrlStageTrainer`.
     """
 
     def __init__(
@@ -62,6 +64,9 @@ class StageTrainer(Trainer):
         frozen: Sequence[PreTrainedModel] = (),
         whole_rows: bool = False,
         workers: int = 0,
+        arguments_class: type[TrainingArguments] = TrainingArguments,
+        arguments: Mapping[str, Any] | None = None,
+        **trainer_kwargs: Any,
     ) -> None:
         self.ctx, self.config = ctx, config
         self.frozen, self.whole_rows = frozen, whole_rows
@@ -76,10 +81,19 @@ class StageTrainer(Trainer):
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
-            args=training_arguments(ctx, config, micro_batch, accumulation, workers=workers),
+            args=training_arguments(
+                ctx,
+                config,
+                micro_batch,
+                accumulation,
+                workers=workers,
+                arguments_class=arguments_class,
+                **(arguments or {}),
+            ),
             train_dataset=train_dataset,
             data_collator=data_collator,
             callbacks=[self.watch],
+            **trainer_kwargs,
         )
         self.meter = Meter(lag=0 if self.args.device.type == "cpu" else LAG)
         if use_cache is not None:

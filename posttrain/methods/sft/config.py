@@ -1,0 +1,94 @@
+"""Settings of the `sft` stage; with `TrainingConfig` the only place of its defaults."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.training.config import TrainingConfig
+
+
+class LoraSettings(BaseModel):
+    """Low-rank adapters (arXiv:2106.09685) through peft, merged into the weights that are saved."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    r: int = Field(16, ge=1, description="Rank of an adapter.")
+    alpha: float = Field(32.0, gt=0, description="An adapter's product is multiplied by alpha / r.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear",
+        description="Ends of the names of the linear layers that get an adapter, e.g. [q_proj, v_proj]; all-linear: "
+        "every one but the output head.",
+    )
+
+
+class SftConfig(TrainingConfig):
+    """Train a model by next-token cross-entropy on conversations, on prompts with completions, or on plain text."""
+
+    type: Literal["sft"] = "sft"
+
+    lr: float = Field(2e-5, gt=0, description="Peak learning rate of AdamW; adapters want about ten times more.")
+    tokens_per_step: int = Field(
+        65_536,
+        ge=1,
+        description="Tokens of one optimiser step, padding included: sequence_length times the step's sequences.",
+    )
+    sequence_length: int = Field(
+        2048,
+        ge=2,
+        description="Longest sequence, tokens. Longer conversations and prompts with completions lose their end, "
+        "longer texts go on in further sequences.",
+    )
+    loss_on: Literal["assistant", "completion", "all"] = Field(
+        "assistant",
+        description="Tokens that are learnt. assistant: every assistant turn with the token that ends it; completion: "
+        "what follows the prompt, in `messages` rows the last assistant turn; all: every token (plain text).",
+    )
+    packing: bool = Field(
+        True,
+        description="Put several documents into a sequence. None sees another: attention and positions start anew at "
+        "each. Off: a document is a sequence, and padding takes the rest.",
+    )
+    trainable: Literal["all", "mixers"] = Field(
+        "all", description="all parameters, or the token mixers (attention) alone with the rest frozen."
+    )
+    lora: LoraSettings | None = Field(
+        None, description="Train low-rank adapters in place of the weights, and merge them in at the end; null = don't."
+    )
+    save_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type of the saved weights. bfloat16 halves the folder and rounds small updates away: "
+        "only for a last stage.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> Self:
+        if self.tokens_per_step % self.sequence_length:
+            below = self.tokens_per_step // self.sequence_length * self.sequence_length
+            nearest = below or self.sequence_length
+            raise ValueError(
+                f"tokens_per_step ({self.tokens_per_step}) must be a multiple of sequence_length "
+                f"({self.sequence_length}), e.g. tokens_per_step={nearest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_choice_of_weights(self) -> Self:
+        if self.lora is not None and self.trainable != "all":
+            raise ValueError(
+                f"trainable={self.trainable} and lora both choose what is trained: name the layers in "
+                "lora.target_modules and leave trainable=all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_graph(self) -> Self:
+        if self.cuda_graph == "on":
+            raise ValueError("cuda_graph=on: TRL's loss reads the device at every micro-batch; use cuda_graph=auto")
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of one optimiser step, over all micro-batches and ranks."""
+        return self.tokens_per_step // self.sequence_length

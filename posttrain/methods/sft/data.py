@@ -1,0 +1,236 @@
+"""From the rows of a dataset artifact to the sequences of a fine-tuning run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from posttrain.data.reading import ROWS
+from posttrain.errors import StageError
+from posttrain.methods.sft.spans import Spans, UnusableRow, spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.methods.sft.config import SftConfig
+
+log = logging.getLogger(__name__)
+
+IGNORE = -100
+
+
+@dataclass
+class Sequences:
+    """What a run trains on.
+
+    Attributes:
+        rows: `input_ids`, `labels` and `lengths` (of the documents in it) for each sequence.
+        documents: rows of the artifact that are used; `truncated`: of these, without their end; `unusable`: reasons.
+        learnt: tokens with a label, all sequences once.
+    """
+
+    rows: Dataset
+    documents: int = 0
+    truncated: int = 0
+    learnt: int = 0
+    unusable: Counter[str] = field(default_factory=Counter)
+
+
+def read_sequences(folder: Path, tokenizer: PreTrainedTokenizerBase, cfg: SftConfig) -> Sequences:
+    """Tokenise and, if wanted, pack a dataset artifact; say in the log what was cut or left out.
+
+    Raises:
+        StageError: no row can be used, or the tokenizer lacks what is needed; the reasons with their number.
+    """
+    _check_tokenizer(tokenizer)
+    found = Sequences(Dataset.from_list([]))
+    documents = [piece for row in iter_rows(folder) for piece in _encode(row, tokenizer, cfg, found)]
+    if not documents:
+        raise _nothing(folder, found)
+    for reason, count in found.unusable.most_common():
+        log.warning("%d rows left out: %s", count, reason)
+    if found.truncated:
+        log.warning(
+            "%d of %d rows are longer than sequence_length=%d and lose their end",
+            found.truncated,
+            found.documents,
+            cfg.sequence_length,
+        )
+    found.rows = Dataset.from_list(_pack(documents, cfg.sequence_length) if cfg.packing else documents)
+    found.learnt = sum(label != IGNORE for document in documents for label in document["labels"])
+    return found
+
+
+def iter_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset artifact, whatever their fields.
+
+    Raises:
+        StageError: there is no `rows.jsonl`, or a line of it is not a JSON object.
+    """
+    path = Path(folder) / ROWS
+    if not path.is_file():
+        raise StageError(f"no {ROWS} in the dataset folder", where=str(folder), fix="posttrain verify RUN")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise StageError(f"not JSON: {error.msg}", where=f"{path}:{number}") from error
+            if not isinstance(row, dict):
+                raise StageError("a row must be a JSON object", where=f"{path}:{number}")
+            yield row
+
+
+def encode(row: Spans, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a row, EOS at the end: a token has a label if it overlaps a learnt span.
+
+    The first token has none, because in a packed sequence another document's last token would predict it.
+    """
+    encoded = tokenizer(
+        row.text,
+        add_special_tokens=row.special,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids = list(encoded["input_ids"])
+    learnt = [any(a < end and b > start for start, end in row.learnt) for a, b in encoded["offset_mapping"]]
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        # A row that is learnt to its end is learnt to stop there.
+        learnt.append(any(end == len(row.text) for _, end in row.learnt))
+        ids.append(tokenizer.eos_token_id)
+    labels = [token if wanted else IGNORE for token, wanted in zip(ids, learnt, strict=True)]
+    return ids, [IGNORE, *labels[1:]]
+
+
+class Collator:
+    """Rows as tensors [B, T], padded on the right: `input_ids`, `labels`, and positions or an attention mask.
+
+    Packed: T is always `length`, and `position_ids` start anew at each document, by which transformers keeps documents
+    apart where no attention mask is given; padding is a document of its own. Otherwise T is the longest row's.
+    """
+
+    def __init__(self, pad_token_id: int, length: int, packed: bool) -> None:
+        self.pad, self.length, self.packed = pad_token_id, length, packed
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        width = self.length if self.packed else max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": _padded([row["input_ids"] for row in rows], width, self.pad),
+            "labels": _padded([row["labels"] for row in rows], width, IGNORE),
+        }
+        if self.packed:
+            batch["position_ids"] = torch.stack([_positions(row["lengths"], width) for row in rows])
+        else:
+            batch["attention_mask"] = _padded([[1] * len(row["input_ids"]) for row in rows], width, 0)
+        return batch
+
+
+def _encode(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: SftConfig, found: Sequences
+) -> list[dict[str, list[int]]]:
+    """The row's documents, of at most `sequence_length` tokens and with something to learn; counts into `found`."""
+    try:
+        text = spans(row, cfg.loss_on, tokenizer)
+    except UnusableRow as reason:
+        found.unusable[str(reason)] += 1
+        return []
+    ids, labels = encode(text, tokenizer)
+    starts = range(0, len(ids), cfg.sequence_length) if text.splits else [0]
+    pieces = []
+    for start in starts:
+        part = slice(start, start + cfg.sequence_length)
+        piece = {"input_ids": ids[part], "labels": [IGNORE, *labels[part][1:]]}
+        if any(label != IGNORE for label in piece["labels"]):
+            pieces.append({**piece, "lengths": [len(piece["input_ids"])]})
+    cut = not text.splits and len(ids) > cfg.sequence_length
+    if not pieces:
+        found.unusable["nothing to learn is left within sequence_length" if cut else "nothing to learn in it"] += 1
+        return []
+    found.documents += 1
+    found.truncated += cut
+    return pieces
+
+
+def _pack(documents: list[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+    """Best-fit decreasing: each document, the longest first, goes where it leaves the least room."""
+    order = sorted(range(len(documents)), key=lambda index: -len(documents[index]["input_ids"]))
+    by_room: dict[int, list[list[int]]] = {}
+    bins: list[list[int]] = []
+    rooms: list[int] = []  # sorted rooms that some bin has
+    for index in order:
+        size = len(documents[index]["input_ids"])
+        chosen = _take(by_room, rooms, size)
+        if chosen is None:
+            room, members = length, []
+            bins.append(members)
+        else:
+            room, members = chosen
+        members.append(index)
+        _put(by_room, rooms, room - size, members)
+    return [_joined([documents[index] for index in members]) for members in bins]
+
+
+def _take(by_room: dict[int, list[list[int]]], rooms: list[int], size: int) -> tuple[int, list[int]] | None:
+    from bisect import bisect_left
+
+    place = bisect_left(rooms, size)
+    if place == len(rooms):
+        return None
+    room = rooms[place]
+    members = by_room[room].pop()
+    if not by_room[room]:
+        del by_room[room], rooms[place]
+    return room, members
+
+
+def _put(by_room: dict[int, list[list[int]]], rooms: list[int], room: int, members: list[int]) -> None:
+    from bisect import insort
+
+    if room not in by_room:
+        by_room[room] = []
+        insort(rooms, room)
+    by_room[room].append(members)
+
+
+def _joined(documents: list[dict[str, list[int]]]) -> dict[str, list[int]]:
+    return {name: [value for document in documents for value in document[name]] for name in documents[0]}
+
+
+def _padded(rows: list[list[int]], width: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)
+
+
+def _positions(lengths: list[int], width: int) -> Tensor:
+    rest = width - sum(lengths)
+    return torch.cat([torch.arange(length) for length in (*lengths, rest)])
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None:
+        raise StageError("the tokenizer has no EOS token", where="tokenizer", fix="add eos_token to its config")
+    if not tokenizer.is_fast:
+        raise StageError(
+            "the tokenizer does not say which characters a token stands for",
+            where="tokenizer",
+            fix="a tokenizer with a tokenizer.json",
+        )
+
+
+def _nothing(folder: Path, found: Sequences) -> StageError:
+    reasons = "; ".join(f"{count} rows: {reason}" for reason, count in found.unusable.most_common(3))
+    fix = "give a dataset with rows"
+    if found.unusable:
+        fix = "another dataset or loss_on (all: plain text; completion: prompts; assistant: conversations)"
+        if any("chat template" in reason for reason in found.unusable):
+            fix = "add a chat_template to the model's tokenizer, or use rows of `text` with loss_on=all"
+    return StageError(f"nothing to train on: {reasons or 'the dataset has no rows'}", where=str(folder), fix=fix)

@@ -1,0 +1,187 @@
+"""The `sft` stage: model + rows -> fine-tuned model and its history."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from posttrain.errors import Problem, RecipeError, StageError
+from posttrain.methods.sft.config import SftConfig
+from posttrain.methods.sft.estimate import adapter_parameters, head_bytes, linear_layers
+from posttrain.models.architecture import cache_bytes_per_token, parameter_count
+from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.device import plans_for_gpu
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+from posttrain.training.estimate import (
+    ELEMENT_SIZE,
+    activation_plan,
+    budget_notes,
+    trainable_parameters,
+    training_memory,
+)
+
+if TYPE_CHECKING:
+    from posttrain.methods.sft.data import Sequences
+    from posttrain.methods.sft.trainer import SftTrainer
+
+NEEDED_ROWS = {"assistant": ("messages", "prompt"), "completion": ("messages", "prompt")}
+"""Kinds of rows, as far as a dataset says it, that have what `loss_on` learns."""
+
+
+class Sft(Stage):
+    """Train a model on conversations, on prompts with completions, or on plain text."""
+
+    type: ClassVar[str] = "sft"
+    version: ClassVar[str] = "1"
+    Config = SftConfig
+    inputs: ClassVar[dict[str, InputSpec]] = {
+        "model": InputSpec("model", doc="The model to train."),
+        "data": InputSpec("dataset", doc="Rows of `messages`, of `prompt` and `completion`, or of `text`."),
+    }
+    outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
+
+    def describe(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
+        model = inputs["model"]
+        trained = replace(model, extra={**model.extra, "dtype": cfg.save_dtype})
+        return {"model": trained, "history": ArtifactMeta(type="history")}
+
+    def check(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
+        problems = [*_data_problems(cfg, inputs["data"]), *_model_problems(cfg, inputs["model"].architecture)]
+        if problems:
+            raise RecipeError(problems=problems)
+
+    def estimate(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
+        arch, data = inputs["model"].architecture, inputs["data"]
+        tokens = cfg.max_steps * cfg.tokens_per_step
+        if arch is None:
+            return Estimate(tokens=tokens, data_tokens=data.tokens)
+        adapters = adapter_parameters(arch, cfg.lora) if cfg.lora else 0
+        trainable = adapters or trainable_parameters(arch, cfg.trainable)
+        micro_batch_tokens = cfg.micro_batch() * cfg.sequence_length
+        plan = activation_plan(
+            arch,
+            micro_batch_tokens,
+            cfg.precision,
+            compiled=cfg.compiles(on_gpu=plans_for_gpu()),
+            everything=cfg.gradient_checkpointing,
+            budget=cfg.activation_budget,
+        )
+        memory = training_memory(arch, trainable, micro_batch_tokens, 1, precision=cfg.precision, plan=plan)
+        return Estimate(
+            parameters=parameter_count(arch),
+            notes=budget_notes(arch, micro_batch_tokens, cfg, plan),
+            trainable=trainable,
+            tokens=tokens,
+            data_tokens=data.tokens,
+            memory={
+                **memory,
+                "weights": memory["weights"] + 4 * adapters,
+                "logits": head_bytes(arch, micro_batch_tokens),
+            },
+            cache_bytes_per_token=cache_bytes_per_token(arch),
+            disk_bytes=ELEMENT_SIZE[cfg.save_dtype] * parameter_count(arch),
+        )
+
+    def run(self, ctx: StageContext) -> dict[str, Path]:
+        import torch
+
+        from posttrain.methods.sft.data import read_sequences
+        from posttrain.methods.sft.trainer import SftTrainer
+        from posttrain.models.loading import load_model, load_tokenizer, save_model
+        from posttrain.training.logprob import plain_head
+        from posttrain.training.rehearsal import rehearse_save
+        from posttrain.training.results import disk_needed, reset_peak_memory, write_history
+
+        cfg: SftConfig = ctx.config
+        if ctx.world_size > 1:
+            raise StageError("sft runs on one rank", where="engine.ranks", fix="engine.ranks=1")
+        began = time.monotonic()
+        source = ctx.inputs["model"].path
+        tokenizer = load_tokenizer(source)
+        sequences = read_sequences(ctx.inputs["data"].path, tokenizer, cfg)
+        model = load_model(source, device=ctx.device, dtype=torch.float32)
+        plain_head(model)  # a head that TRL's would compute otherwise is refused before training
+        reset_peak_memory(ctx.device)
+        trainer = SftTrainer(ctx, cfg, model, tokenizer, sequences.rows)
+        needed = disk_needed(trainer.model, cfg.keep_checkpoints, cfg.save_dtype)
+        save_dtype = getattr(torch, cfg.save_dtype)
+        rehearse_save(ctx.work_dir, trainer.model, model.config, save_dtype, needed)
+        history = trainer.fit()
+        shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
+        folders = {name: ctx.output_dir(name) for name in self.outputs}
+        save_model(trainer.trained().eval(), tokenizer, folders["model"], dtype=save_dtype, tokenizer_from=source)
+        write_history(folders["history"], history)
+        _record(ctx, trainer, history, sequences, time.monotonic() - began)
+        return folders
+
+    def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
+        if name != "model":
+            return predicted
+        from posttrain.models.inspect import model_meta
+
+        found = model_meta(path)
+        return replace(found, extra={**predicted.extra, **found.extra})
+
+
+def _data_problems(cfg: SftConfig, data: ArtifactMeta) -> list[Problem]:
+    where = f"data={cfg.inputs.get('data', '?')}"
+    if data.rows == 0:
+        return [Problem("the training data has no rows", where=where, fix="give a file with conversations or text")]
+    kind, needed = data.extra.get("rows"), NEEDED_ROWS.get(cfg.loss_on)
+    if kind == "preference":
+        problem = "the training data has preference pairs, sft learns from one answer"
+        return [Problem(problem, where=where, fix="a dataset of conversations or text, or a preference stage")]
+    if kind == "text" and needed:
+        problem = f"the training data is plain text, which has no {cfg.loss_on} to learn"
+        return [Problem(problem, where=where, fix="loss_on=all, or a dataset of conversations")]
+    return []
+
+
+def _model_problems(cfg: SftConfig, arch: Mapping[str, Any] | None) -> list[Problem]:
+    if not arch:
+        return []
+    problems = []
+    longest = arch["max_position_embeddings"]
+    if cfg.sequence_length > longest:
+        problem = f"sequence_length {cfg.sequence_length} exceeds the model's {longest} positions"
+        problems.append(Problem(problem, where="sequence_length", fix=f"sequence_length={longest}"))
+    names = {name for layer in range(arch["num_hidden_layers"]) for name in linear_layers(arch, layer)}
+    wanted = [] if cfg.lora is None or cfg.lora.target_modules == "all-linear" else cfg.lora.target_modules
+    if unknown := [name for name in wanted if name not in names]:
+        problem = f"the model has no layers {', '.join(unknown)}; it has {', '.join(sorted(names))}"
+        problems.append(Problem(problem, where="lora.target_modules", fix="lora.target_modules=all-linear"))
+    return problems
+
+
+def _record(
+    ctx: StageContext, trainer: SftTrainer, history: list[dict[str, float]], sequences: Sequences, seconds: float
+) -> None:
+    from posttrain.training.results import last_tenth, peak_memory
+
+    cfg: SftConfig = ctx.config
+    ctx.record_result(
+        steps=len(history),
+        tokens=len(history) * cfg.tokens_per_step,
+        epochs=len(history) * cfg.sequences_per_step / len(sequences.rows),
+        documents=sequences.documents,
+        sequences=len(sequences.rows),
+        learnt_tokens=sequences.learnt,
+        truncated=sequences.truncated,
+        left_out=sum(sequences.unusable.values()),
+        final_loss=history[-1]["loss"],
+        last_tenth_loss=last_tenth(history, "loss"),
+    )
+    plan = trainer.activation_plan()
+    ctx.record_timing(
+        seconds=seconds,
+        tokens_per_second=trainer.watch.tokens_per_second,
+        peak_memory_bytes=peak_memory(ctx.device),
+        micro_batch=cfg.micro_batch(),
+        compiled=trainer.compiles,
+        recomputed_layers=plan.recomputed,
+        recomputed_mlps=plan.recomputed_mlps,
+    )
