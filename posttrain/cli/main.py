@@ -26,6 +26,7 @@ COMMANDS = {
     "cancel": "cancel",
     "report": "report",
     "chat": "chat",
+    "export": "export",
     "list": "list_",
     "show": "show",
     "verify": "verify",

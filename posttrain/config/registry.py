@@ -14,7 +14,9 @@ STAGES: dict[str, str] = {
     "data_source": "posttrain.data.stage:DataSource",
     "mla_upcycle": "posttrain.methods.mla_upcycling.stage:MlaUpcycle",
     "distill": "posttrain.methods.distillation.stage:Distill",
+    "sft": "posttrain.methods.sft.stage:Sft",
     "evaluate": "posttrain.methods.evaluation.stage:Evaluate",
+    "export": "posttrain.methods.export.stage:Export",
 }
 SOURCE_TYPES = ("model_source", "data_source")
 """Stages behind a recipe's `model`, `models.*`, `data`, `datasets.*`; not for use under `stages`."""

@@ -1,0 +1,96 @@
+"""Whether a stock DeepSeek-V3 can be equal to an upcycled model: decided from its architecture, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.errors import Problem
+from posttrain.methods.export.config import ExportConfig
+
+TRANSFORMERS_EPS = 1e-6
+"""What transformers' DeepSeek-V3 gives its latent norms, whatever `rms_norm_eps` is."""
+_NATIVE = "use to=native"
+_BIASES = ("attention_bias", "attention_out_bias", "latent_bias", "latent_out_bias", "mlp_bias")
+
+
+def latent_eps(rms_norm_eps: float, loader: str) -> float:
+    """The epsilon of the latent norms in that loader."""
+    return TRANSFORMERS_EPS if loader == "transformers" else rms_norm_eps
+
+
+def kept_frequencies(arch: Mapping[str, Any]) -> list[int]:
+    """Indices of the source's frequencies that the rotary key turns with."""
+    if arch.get("rope_frequency_indices") is not None:
+        return list(arch["rope_frequency_indices"])
+    kept, pairs = arch["qk_rope_head_dim"] // 2, arch["head_dim"] // 2
+    return [index * pairs // kept for index in range(kept)]
+
+
+def stock_rope(arch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`rope_parameters` with which a stock embedding of width d_r turns by the kept frequencies; None: there are none.
+
+    Every c-th frequency of a width c·d_r is the whole set of width d_r at the same theta (default, linear, llama3);
+    the first d_r/2 are those of theta^(d_r/d_h), which only the default type can use: llama3 would scale it anew.
+    """
+    rope, width, head_dim = dict(arch["rope_parameters"]), arch["qk_rope_head_dim"], arch["head_dim"]
+    if arch.get("latent_rope_parameters") is not None or rope["rope_type"] not in ("default", "linear", "llama3"):
+        return None
+    kept = kept_frequencies(arch)
+    if head_dim % width == 0 and kept == [index * (head_dim // width) for index in range(width // 2)]:
+        return rope
+    if rope["rope_type"] == "default" and kept == list(range(width // 2)):
+        return {**rope, "rope_theta": rope["rope_theta"] ** (width / head_dim)}
+    return None
+
+
+def obstacles(arch: Mapping[str, Any], cfg: ExportConfig) -> list[Problem]:
+    """Why a `deepseek_v3` export would not be exact, each with a remedy; empty where it is."""
+    where = "to=deepseek_v3"
+    if arch["model_type"] != "upcycled" or set(arch.get("mixers") or ()) != {"latent_attention"}:
+        return [
+            Problem(
+                "not every layer has latent attention: DeepSeek-V3 has nothing else",
+                where,
+                f"convert all layers, or {_NATIVE}",
+            )
+        ]
+    found = []
+    if biased := [name for name in _BIASES if arch.get(name)]:
+        found.append(Problem(f"DeepSeek-V3 has no place for {', '.join(biased)}", where, _NATIVE))
+    if arch.get("qk_norm"):
+        found.append(Problem("DeepSeek-V3 has no QK-norm on its heads", where, _NATIVE))
+    for name in ("kv_lora_rank", "q_lora_rank"):
+        found += _rank_problems(arch, name, cfg.pad_ranks)
+    if stock_rope(arch) is None:
+        found.append(
+            Problem(
+                f"no stock rotary embedding of width {arch['qk_rope_head_dim']} turns by the kept frequencies "
+                f"{kept_frequencies(arch)} of rope_type {arch['rope_parameters']['rope_type']}",
+                where,
+                f"convert with rotary_pairs=uniform and a qk_rope_head_dim that divides head_dim, or {_NATIVE}",
+            )
+        )
+    if arch.get("qk_latent_layernorm") and latent_eps(arch["rms_norm_eps"], cfg.loader) != arch["rms_norm_eps"]:
+        fix = f"use loader=vllm, or {_NATIVE}"
+        found.append(Problem("transformers gives trained latent norms eps 1e-6, this model has another", where, fix))
+    return found
+
+
+def _rank_problems(arch: Mapping[str, Any], name: str, pad: bool) -> list[Problem]:
+    ranks = arch.get(name)
+    if not isinstance(ranks, list | tuple) or len(set(ranks)) == 1:
+        return []
+    if None in ranks or (pad and arch.get("qk_latent_layernorm")):
+        return [Problem(f"{name} cannot be made uniform: {ranks}", "to=deepseek_v3", _NATIVE)]
+    if pad:
+        return []
+    more = 2 * sum(max(ranks) - rank for rank in ranks)
+    cost = f", {more} more cache bytes per token in bf16" if name == "kv_lora_rank" else ""
+    return [
+        Problem(
+            f"{name} differs from layer to layer {list(ranks)}: DeepSeek-V3 has one",
+            "to=deepseek_v3",
+            f"use pad_ranks=true (exact{cost}), or {_NATIVE}",
+        )
+    ]

@@ -1,0 +1,38 @@
+"""`python -m posttrain.methods.export.program FOLDER OUT SETTINGS`: what is behind `posttrain export`, with torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from posttrain.errors import EXIT_DONE, PosttrainError
+from posttrain.methods.export.config import ExportConfig
+from posttrain.models.inspect import check_model_folder
+
+
+def main(arguments: list[str]) -> int:
+    """Export; the exit code."""
+    source, target, settings = Path(arguments[0]), Path(arguments[1]), json.loads(arguments[2])
+    made = not target.exists()
+    try:
+        check_model_folder(source)
+        from posttrain.methods.export.write import export_model, write_certificate
+
+        target.mkdir(parents=True, exist_ok=True)
+        certificate = export_model(source, target, ExportConfig(**settings))
+        write_certificate(target, certificate)
+    except PosttrainError as error:
+        if made and target.is_dir():
+            target.rmdir()
+        print(f"posttrain: {error}", file=sys.stderr)
+        return error.exit_code
+    for step in certificate["steps"]:
+        print(f"{step['name']}: relative logit error {step['relative']:.1e}", file=sys.stderr)
+    print(f"servers: {certificate['servers']}", file=sys.stderr)
+    print(target)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""The `export` stage: a model in, the same model in another program's layout and a certificate of it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from posttrain.errors import RecipeError
+from posttrain.methods.export.config import ExportConfig
+from posttrain.methods.export.exact import obstacles
+from posttrain.models.architecture import cache_bytes_per_token, parameter_count
+from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.files import clear
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+
+
+class Export(Stage):
+    """Write a model natively or as a stock DeepSeek-V3; see `ExportConfig` and docs/export.md."""
+
+    type: ClassVar[str] = "export"
+    version: ClassVar[str] = "1"
+    Config = ExportConfig
+    inputs: ClassVar[dict[str, InputSpec]] = {
+        "model": InputSpec("model", doc="the model to write"),
+        "conversion": InputSpec("conversion", optional=True, doc="account of the conversion, for the certificate"),
+        "evaluation": InputSpec("evaluation", optional=True, doc="evaluation of the model, for the certificate"),
+    }
+    outputs: ClassVar[dict[str, str]] = {"model": "model", "certificate": "certificate"}
+
+    def describe(self, cfg: ExportConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
+        source = inputs["model"]
+        architecture = source.architecture if cfg.to == "native" else None
+        extra = {name: value for name, value in source.extra.items() if name in ("dtype", "label", "eos_token_id")}
+        if cfg.dtype:
+            extra["dtype"] = cfg.dtype
+        model = ArtifactMeta("model", architecture, source.tokenizer, source.chat_template, extra=extra)
+        return {"model": model, "certificate": ArtifactMeta("certificate")}
+
+    def check(self, cfg: ExportConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
+        architecture = inputs["model"].architecture
+        if cfg.to == "deepseek_v3" and architecture is not None and (found := obstacles(architecture, cfg)):
+            raise RecipeError(problems=found)
+
+    def estimate(self, cfg: ExportConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
+        architecture = inputs["model"].architecture
+        if architecture is None:
+            return Estimate()
+        count = parameter_count(architecture)
+        size = 4 if (cfg.dtype or inputs["model"].extra.get("dtype")) == "float32" else 2
+        return Estimate(
+            parameters=count,
+            memory={"model": 4 * count, "exports": 8 * count},
+            cache_bytes_per_token=cache_bytes_per_token(architecture),
+            disk_bytes=size * count,
+        )
+
+    def run(self, ctx: StageContext) -> dict[str, Path]:
+        from posttrain.methods.export.write import export_model, write_certificate
+
+        target, folder = ctx.output_dir("model"), ctx.output_dir("certificate")
+        for place in (target, folder):
+            clear(place)
+        given = {name: ctx.inputs[name].path for name in ("conversion", "evaluation") if name in ctx.inputs}
+        # The prompts do not depend on the run's seed: equal models get equal certificates.
+        certificate = export_model(ctx.inputs["model"].path, target, ctx.config, **given)
+        write_certificate(folder, certificate)
+        ctx.record_result(logit_error=max(step["relative"] for step in certificate["steps"] if step["exact"]))
+        return {"model": target, "certificate": folder}
+
+    def uses_seed(self, cfg: ExportConfig) -> bool:
+        return False

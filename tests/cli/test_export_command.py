@@ -1,0 +1,43 @@
+"""`posttrain export`, the whole way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli import export
+from posttrain.errors import RecipeError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_full_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="not an empty folder"):
+        export.command(str(tmp_path), out=tmp_path, outputs=tmp_path)
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    from source_models import make_source
+
+    from posttrain.models.tiny import tiny_tokenizer
+
+    make_source().save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "posttrain", "export", "m", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    refused = run("--to", "deepseek_v3", "--out", "no")
+    assert refused.returncode == 2 and "not every layer has latent attention" in refused.stderr
+    assert not (tmp_path / "no").exists()
+    done = run("--out", "yes")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "yes" / "certificate.json").read_text())["class"] == "LlamaForCausalLM"
