@@ -18,10 +18,10 @@ ROWS, CARD = "rows.jsonl", "dataset.json"
 
 
 def iter_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows `{"id": str, "text": str}` of a dataset artifact, one after the other.
+    """The rows of a dataset artifact, one after the other, whatever their fields.
 
     Raises:
-        StageError: there is no `rows.jsonl`, or a line of it is not such a row.
+        StageError: there is no `rows.jsonl`, or a line of it is not a JSON object.
     """
     path = Path(folder) / ROWS
     if not path.is_file():
@@ -32,14 +32,23 @@ def iter_rows(folder: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise StageError(f"not JSON: {error.msg}", where=f"{path}:{number}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise StageError('a row must be {"id": ..., "text": ...}', where=f"{path}:{number}")
+            if not isinstance(row, dict):
+                raise StageError("a row must be a JSON object", where=f"{path}:{number}")
             yield row
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a dataset artifact; errors as in `iter_rows`."""
-    return list(iter_rows(folder))
+    """All rows of a dataset artifact as documents, `{"id": str, "text": str}` and further fields.
+
+    Raises:
+        StageError: as `iter_rows`, or a row has no text.
+    """
+    rows = []
+    for number, row in enumerate(iter_rows(folder), start=1):
+        if not isinstance(row.get("text"), str):
+            raise StageError('a row must be {"id": ..., "text": ...}', where=f"{Path(folder) / ROWS}:{number}")
+        rows.append(row)
+    return rows
 
 
 def read_card(folder: Path) -> dict[str, Any]:

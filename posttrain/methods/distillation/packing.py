@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from posttrain.data.packing import best_fit
 
 
 class PackedRows(NamedTuple):
@@ -44,16 +45,7 @@ def pack_documents(documents: Sequence[Sequence[int]], length: int, pad: int) ->
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     pieces = [document[i : i + length] for document in documents for i in range(0, len(document), length)]
-    rows: list[list[Sequence[int]]] = []
-    space: list[tuple[int, int]] = []  # (tokens free, row), sorted: the first that is large enough fits best
-    for piece in sorted(pieces, key=len, reverse=True):
-        place = bisect_left(space, (len(piece), -1))
-        free, row = space.pop(place) if place < len(space) else (length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(piece)
-        if free > len(piece):
-            insort(space, (free - len(piece), row))
+    rows = [[pieces[number] for number in row] for row in best_fit([len(piece) for piece in pieces], length)]
     return _tensors(rows, length, pad)
 
 

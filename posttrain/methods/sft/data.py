@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +12,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from posttrain.data.reading import ROWS
+from posttrain.data.packing import best_fit
+from posttrain.data.reading import iter_rows
+from posttrain.data.spans import IGNORE, UnusableRow, encode, spans
 from posttrain.errors import StageError
-from posttrain.methods.sft.spans import Spans, UnusableRow, spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from posttrain.methods.sft.config import SftConfig
 
 log = logging.getLogger(__name__)
-
-IGNORE = -100
 
 
 @dataclass
@@ -68,48 +65,6 @@ def read_sequences(folder: Path, tokenizer: PreTrainedTokenizerBase, cfg: SftCon
     found.rows = Dataset.from_list(_pack(documents, cfg.sequence_length) if cfg.packing else documents)
     found.learnt = sum(label != IGNORE for document in documents for label in document["labels"])
     return found
-
-
-def iter_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset artifact, whatever their fields.
-
-    Raises:
-        StageError: there is no `rows.jsonl`, or a line of it is not a JSON object.
-    """
-    path = Path(folder) / ROWS
-    if not path.is_file():
-        raise StageError(f"no {ROWS} in the dataset folder", where=str(folder), fix="posttrain verify RUN")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise StageError(f"not JSON: {error.msg}", where=f"{path}:{number}") from error
-            if not isinstance(row, dict):
-                raise StageError("a row must be a JSON object", where=f"{path}:{number}")
-            yield row
-
-
-def encode(row: Spans, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a row, EOS at the end: a token has a label if it overlaps a learnt span.
-
-    The first token has none, because in a packed sequence another document's last token would predict it.
-    """
-    encoded = tokenizer(
-        row.text,
-        add_special_tokens=row.special,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    ids = list(encoded["input_ids"])
-    learnt = [any(a < end and b > start for start, end in row.learnt) for a, b in encoded["offset_mapping"]]
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        # A row that is learnt to its end is learnt to stop there.
-        learnt.append(any(end == len(row.text) for _, end in row.learnt))
-        ids.append(tokenizer.eos_token_id)
-    labels = [token if wanted else IGNORE for token, wanted in zip(ids, learnt, strict=True)]
-    return ids, [IGNORE, *labels[1:]]
 
 
 class Collator:
@@ -162,44 +117,8 @@ def _encode(
 
 
 def _pack(documents: list[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
-    """Best-fit decreasing: each document, the longest first, goes where it leaves the least room."""
-    order = sorted(range(len(documents)), key=lambda index: -len(documents[index]["input_ids"]))
-    by_room: dict[int, list[list[int]]] = {}
-    bins: list[list[int]] = []
-    rooms: list[int] = []  # sorted rooms that some bin has
-    for index in order:
-        size = len(documents[index]["input_ids"])
-        chosen = _take(by_room, rooms, size)
-        if chosen is None:
-            room, members = length, []
-            bins.append(members)
-        else:
-            room, members = chosen
-        members.append(index)
-        _put(by_room, rooms, room - size, members)
-    return [_joined([documents[index] for index in members]) for members in bins]
-
-
-def _take(by_room: dict[int, list[list[int]]], rooms: list[int], size: int) -> tuple[int, list[int]] | None:
-    from bisect import bisect_left
-
-    place = bisect_left(rooms, size)
-    if place == len(rooms):
-        return None
-    room = rooms[place]
-    members = by_room[room].pop()
-    if not by_room[room]:
-        del by_room[room], rooms[place]
-    return room, members
-
-
-def _put(by_room: dict[int, list[list[int]]], rooms: list[int], room: int, members: list[int]) -> None:
-    from bisect import insort
-
-    if room not in by_room:
-        by_room[room] = []
-        insort(rooms, room)
-    by_room[room].append(members)
+    packs = best_fit([len(document["input_ids"]) for document in documents], length)
+    return [_joined([documents[number] for number in pack]) for pack in packs]
 
 
 def _joined(documents: list[dict[str, list[int]]]) -> dict[str, list[int]]:

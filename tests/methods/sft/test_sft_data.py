@@ -9,10 +9,10 @@ import torch
 from sft_world import SMALL, chat, context, sums, world, write_rows
 from source_models import make_source
 
+from posttrain.data.spans import IGNORE, UnusableRow, chat_spans, encode, spans
 from posttrain.errors import StageError
 from posttrain.methods.sft import SftConfig
-from posttrain.methods.sft.data import IGNORE, Collator, encode, read_sequences
-from posttrain.methods.sft.spans import UnusableRow, chat_spans, spans
+from posttrain.methods.sft.data import Collator, read_sequences
 from posttrain.models.tiny import tiny_tokenizer
 
 __all__ = ["context", "world"]  # fixtures

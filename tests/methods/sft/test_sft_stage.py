@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from sft_world import STAGE, context, world, write_rows
 from torch.nn import functional as F
 
+from posttrain.data.spans import IGNORE
 from posttrain.errors import StageError, StopRequested
-from posttrain.methods.sft.data import IGNORE, read_sequences
+from posttrain.methods.sft.data import read_sequences
 from posttrain.models.tiny import tiny_tokenizer
 from posttrain.training.order import run_order
 

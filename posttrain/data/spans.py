@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 
+IGNORE = -100
+"""Label of a token that is not learnt."""
+
 
 class UnusableRow(ValueError):
     """A row that cannot be trained on in the wanted way; the message says why."""
@@ -63,6 +66,28 @@ def spans(row: dict[str, Any], loss_on: str, tokenizer: PreTrainedTokenizerBase)
     if loss_on != "all":
         raise UnusableRow(f"plain text has no {loss_on} to learn: loss_on=all learns every token")
     return Spans(row["text"], ((0, len(row["text"])),), special=True, splits=True)
+
+
+def encode(row: Spans, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a row, EOS at the end: a token has a label if it overlaps a learnt span.
+
+    The first token has none, because in a packed sequence another document's last token would predict it.
+    """
+    encoded = tokenizer(
+        row.text,
+        add_special_tokens=row.special,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids = list(encoded["input_ids"])
+    learnt = [any(a < end and b > start for start, end in row.learnt) for a, b in encoded["offset_mapping"]]
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        # A row that is learnt to its end is learnt to stop there.
+        learnt.append(any(end == len(row.text) for _, end in row.learnt))
+        ids.append(tokenizer.eos_token_id)
+    labels = [token if wanted else IGNORE for token, wanted in zip(ids, learnt, strict=True)]
+    return ids, [IGNORE, *labels[1:]]
 
 
 def chat_spans(messages: Messages, loss_on: str, tokenizer: PreTrainedTokenizerBase) -> Spans:
