@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.methods.sft.config import LoraSettings, SftConfig
+    from posttrain.methods.sft.config import SftConfig
     from posttrain.methods.sft.stage import Sft
 
-_LAZY = {"LoraSettings": "config", "SftConfig": "config", "Sft": "stage"}
+_LAZY = {"SftConfig": "config", "Sft": "stage"}
 
-__all__ = ["LoraSettings", "Sft", "SftConfig"]
+__all__ = ["Sft", "SftConfig"]
 
 
 def __getattr__(name: str) -> Any:

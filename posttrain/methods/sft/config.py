@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from posttrain.training.adapters import LoraSettings
 from posttrain.training.config import TrainingConfig
-
-
-class LoraSettings(BaseModel):
-    """Low-rank adapters (arXiv:2106.09685) through peft, merged into the weights that are saved."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    r: int = Field(16, ge=1, description="Rank of an adapter.")
-    alpha: float = Field(32.0, gt=0, description="An adapter's product is multiplied by alpha / r.")
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear",
-        description="Ends of the names of the linear layers that get an adapter, e.g. [q_proj, v_proj]; all-linear: "
-        "every one but the output head.",
-    )
 
 
 class SftConfig(TrainingConfig):

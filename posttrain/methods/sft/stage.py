@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain.errors import Problem, RecipeError, StageError
 from posttrain.methods.sft.config import SftConfig
-from posttrain.methods.sft.estimate import adapter_parameters, head_bytes, linear_layers
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
     ELEMENT_SIZE,
     activation_plan,
@@ -23,6 +23,7 @@ from posttrain.training.estimate import (
     trainable_parameters,
     training_memory,
 )
+from posttrain.training.trl_memory import head_bytes
 
 if TYPE_CHECKING:
     from posttrain.methods.sft.data import Sequences
@@ -36,7 +37,7 @@ class Sft(Stage):
     """Train a model on conversations, on prompts with completions, or on plain text."""
 
     type: ClassVar[str] = "sft"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Config = SftConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="The model to train."),
@@ -149,11 +150,7 @@ def _model_problems(cfg: SftConfig, arch: Mapping[str, Any] | None) -> list[Prob
     if cfg.sequence_length > longest:
         problem = f"sequence_length {cfg.sequence_length} exceeds the model's {longest} positions"
         problems.append(Problem(problem, where="sequence_length", fix=f"sequence_length={longest}"))
-    names = {name for layer in range(arch["num_hidden_layers"]) for name in linear_layers(arch, layer)}
-    wanted = [] if cfg.lora is None or cfg.lora.target_modules == "all-linear" else cfg.lora.target_modules
-    if unknown := [name for name in wanted if name not in names]:
-        problem = f"the model has no layers {', '.join(unknown)}; it has {', '.join(sorted(names))}"
-        problems.append(Problem(problem, where="lora.target_modules", fix="lora.target_modules=all-linear"))
+    problems += target_problems(cfg.lora, arch)
     return problems
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.methods.sft.config import SftConfig
 from posttrain.methods.sft.data import Collator
 from posttrain.pipeline.context import StageContext
+from posttrain.training.adapters import peft_config
 from posttrain.training.selection import select_trainable
 from posttrain.training.trl_seam import TrlStageTrainer, label_tokens, ordered_rows, require_trl
 
@@ -45,7 +46,7 @@ class SftTrainer(TrlStageTrainer, trl.SFTTrainer):
             processing_class=tokenizer,
             arguments_class=trl.SFTConfig,
             arguments=READY_ROWS,
-            **({"peft_config": _lora(config)} if config.lora else {}),
+            **({"peft_config": peft_config(config.lora)} if config.lora else {}),
         )
 
     def trained(self) -> PreTrainedModel:
@@ -55,15 +56,3 @@ class SftTrainer(TrlStageTrainer, trl.SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """TRL divides each micro-batch's sum by it: the tokens that are learnt in the whole step."""
         return label_tokens(batch_samples, device)
-
-
-def _lora(config: SftConfig) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=0.0,
-        target_modules=config.lora.target_modules,
-    )

@@ -11,9 +11,9 @@ from source_models import make_source
 
 from posttrain.errors import RecipeError
 from posttrain.methods.sft import Sft, SftConfig
-from posttrain.methods.sft.estimate import adapter_parameters
 from posttrain.models.architecture import normalise, parameter_count
 from posttrain.pipeline.stage import ArtifactMeta
+from posttrain.training.adapters import adapter_parameters
 
 STAGE = Sft()
 

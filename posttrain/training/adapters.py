@@ -1,4 +1,4 @@
-"""What fine-tuning takes, by formula: the head's tiles and the adapters; the rest is `posttrain.training.estimate`.
+"""Low-rank adapters: their settings, their number by formula, and how a trainer gets them.
 
 Legend: D hidden_size, I intermediate_size, H query heads, G KV heads, d_h head_dim, r latent rank,
 d_n/d_r/d_v position-free key, rotary key and value width of a latent-attention head.
@@ -7,19 +7,54 @@ d_n/d_r/d_v position-free key, rotary key and value width of a latent-attention 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from posttrain.methods.sft.config import LoraSettings
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.errors import Problem
 from posttrain.models.architecture import mixers, per_layer
 
-TILE_TOKENS, TILE_ENTRIES, TILES = 4096, 32768, 3
-"""TRL's chunked head: tokens by vocabulary entries of a tile, in fp32, and how many exist at once."""
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
-def head_bytes(arch: Mapping[str, Any], micro_batch_tokens: int) -> int:
-    """Peak bytes of TRL's chunked head: its tiles, the head in fp32 and its gradient."""
-    tiles = TILES * min(TILE_TOKENS, micro_batch_tokens) * TILE_ENTRIES
-    return 4 * (tiles + 2 * arch["vocab_size"] * arch["hidden_size"])
+class LoraSettings(BaseModel):
+    """Low-rank adapters (arXiv:2106.09685) through peft, merged into the weights that are saved."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    r: int = Field(16, ge=1, description="Rank of an adapter.")
+    alpha: float = Field(32.0, gt=0, description="An adapter's product is multiplied by alpha / r.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear",
+        description="Ends of the names of the linear layers that get an adapter, e.g. [q_proj, v_proj]; all-linear: "
+        "every one but the output head.",
+    )
+
+
+def peft_config(lora: LoraSettings) -> LoraConfig:
+    """peft's form of the settings; no dropout, so that a step draws no random numbers."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.target_modules,
+    )
+
+
+def target_problems(lora: LoraSettings | None, arch: Mapping[str, Any]) -> list[Problem]:
+    """Named layers that the model does not have."""
+    if lora is None or lora.target_modules == "all-linear":
+        return []
+    names = {name for layer in range(arch["num_hidden_layers"]) for name in linear_layers(arch, layer)}
+    unknown = [name for name in lora.target_modules if name not in names]
+    if not unknown:
+        return []
+    problem = f"the model has no layers {', '.join(unknown)}; it has {', '.join(sorted(names))}"
+    return [Problem(problem, where="lora.target_modules", fix="lora.target_modules=all-linear")]
 
 
 def adapter_parameters(arch: Mapping[str, Any], lora: LoraSettings) -> int:
