@@ -28,13 +28,15 @@ ARMS: dict[str, dict[str, Any]] = {
         "rank_allocation": "water_fill",
     },
     "fastest": {"rotary_plan": "paired", "latent_plan": "bkv", "objective": "activation"},
+    "fastest_32": {"rotary_plan": "paired", "latent_plan": "bkv", "objective": "activation", "qk_rope_head_dim": 32},
 }
 """`xeco`: as published. `paired`: whole rotary pairs, mean key, SVD of the weights. `rorope_*`: TransMLA's key, plain
-or balanced PCA of activations. `activation_aware`: the same key, errors weighted by queries and output
-projection, ranks
-water-filled over the layers. `fastest`: the stage's default so far (the fastest pairs, principal key)."""
+or balanced PCA of activations. `activation_aware`: the same key, errors weighted by queries and output projection,
+ranks water-filled over the layers. `fastest`: the fastest pairs and a principal key; `fastest_32` with a rotary key
+twice as wide at the same budget, which is what the stage does by default."""
 
 
 def settings(arm: str, budget: int) -> dict[str, Any]:
     """Fields of `MlaUpcycleConfig`: `budget` cached elements per token and layer, on average over the layers."""
-    return {**ARMS[arm], "kv_lora_rank": budget - ROPE_DIM, "qk_rope_head_dim": ROPE_DIM, "rank_multiple": 16}
+    fields = {"qk_rope_head_dim": ROPE_DIM, "rank_multiple": 16, **ARMS[arm]}
+    return {**fields, "kv_lora_rank": budget - fields["qk_rope_head_dim"]}
