@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
 
-Builder = Literal["tiny", "python_text", "teacher_samples", "hub"]
+Builder = Literal["tiny", "python_text", "teacher_samples", "hub", "reasoning_gym", "preference_pairs"]
 
 Package = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 
@@ -54,12 +54,76 @@ class Samples(BaseModel):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the sampling model.")
 
 
+class GymTasks(BaseModel):
+    """Generated tasks with checkable answers, of the package `reasoning_gym`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    tasks: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {name: dict(settings) for name, settings in EASY_TASKS.items()},
+        min_length=1,
+        description="Tasks by name, each with settings of its generator ({}: the generator's own). The default's are "
+        "small enough for a model of 135 million parameters to solve some. Naming one replaces them all.",
+    )
+    size: int = Field(2000, ge=2, description="Problems in all, train and held-out together, from every task in turn.")
+
+
+EASY_TASKS: dict[str, dict[str, Any]] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "letter_counting": {"min_words": 2, "max_words": 5},
+    "simple_equations": {"min_terms": 2, "max_terms": 2, "max_value": 10},
+    "gcd": {"max_value": 60},
+    "leg_counting": {"min_animals": 1, "max_animals": 2, "max_instances": 5},
+    "number_format": {"max_num_candidates": 2, "max_n": 10_000},
+}
+
+
+class PairSamples(BaseModel):
+    """How the input model is sampled for the rejected side of preference pairs. Changing any gives other pairs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    tries: int = Field(
+        4, ge=1, description="Answers sampled to a question until one is wrong; with none, the question is left out."
+    )
+    wrong_below: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="An answer that scores less is wrong, unless the right one stands in it: then it is neither.",
+    )
+    max_new_tokens: int = Field(64, ge=1, description="Longest answer, tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with this probability.")
+    batch_size: int = Field(64, ge=1, description="Questions answered together.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the sampling model.")
+    score_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="Time to score one answer; after it the answer is not used.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+
+
+SECTIONS = {
+    "hub": ("hub",),
+    "teacher_samples": ("samples",),
+    "python_text": ("python",),
+    "reasoning_gym": ("gym",),
+    "preference_pairs": ("gym", "pairs"),
+}
+"""Builder to the sections of settings that decide what it makes."""
+
+GYM_BUILDERS = ("reasoning_gym", "preference_pairs")
+"""Builders whose held-out rows come from seeds of their own."""
+
+
 class DataSourceConfig(StageConfig):
     """Where text comes from: files of yours (`path`), or a builder; and which documents are held out.
 
-    A `path` wins over whatever the chosen option says: its `builder`, `inputs`, `hub`, `python`, `samples`, `heldout`
-    and `label` are then ignored, so that `data.path=./my.jsonl` works on top of any option. Typed beside it they are an
-    error.
+    A `path` wins over whatever the chosen option says: its `builder`, `inputs`, `hub`, `python`, `samples`, `gym`,
+    `pairs`, `heldout` and `label` are then ignored, so that `data.path=./my.jsonl` works on top of any option. Typed
+    beside it they are an error.
     """
 
     ignored_with_path: ClassVar[tuple[str, ...]] = (
@@ -69,6 +133,8 @@ class DataSourceConfig(StageConfig):
         "hub",
         "python",
         "samples",
+        "gym",
+        "pairs",
         "heldout",
     )
 
@@ -79,7 +145,8 @@ class DataSourceConfig(StageConfig):
     path: str | None = Field(
         None,
         description="A .jsonl, .txt or .md file, or a folder of them; ~ and relative paths as in a shell. "
-        "A .jsonl row has `text_field` or `messages`; a .txt or .md file is one document.",
+        "A .jsonl row has `text_field`, `messages`, `prompt` with `completion`, or `prompt` with `chosen` and "
+        "`rejected`; a .txt or .md file is one document.",
         json_schema_extra=NOT_IN_KEY,
     )
     text_field: str = Field("text", description="Field of a .jsonl or hub row that holds the text.")
@@ -90,10 +157,12 @@ class DataSourceConfig(StageConfig):
     hub: HubData | None = Field(None, description="For builder `hub`.")
     python: PythonText = Field(default_factory=PythonText, description="For builder `python_text`.")
     samples: Samples = Field(default_factory=Samples, description="For builder `teacher_samples`.")
+    gym: GymTasks = Field(default_factory=GymTasks, description="For builders `reasoning_gym` and `preference_pairs`.")
+    pairs: PairSamples = Field(default_factory=PairSamples, description="For builder `preference_pairs`.")
     heldout: Literal["split", "committed"] = Field(
         "split",
-        description="split: whole documents of the same source; committed: posttrain's own held-out text "
-        "(data/heldout), the same on every machine.",
+        description="split: whole documents of the same source, or generated problems of other seeds; committed: "
+        "posttrain's own held-out text (data/heldout), the same on every machine.",
     )
     heldout_path: str | None = Field(
         None,
@@ -157,10 +226,12 @@ class DataSourceConfig(StageConfig):
         fields = super().key_fields()
         fields["source"] = self.kind
         fields["heldout"] = self.heldout_kind
-        for name in ("hub", "samples", "python", "builder"):
+        for name in ("hub", "samples", "python", "gym", "pairs", "builder"):
             value = fields.pop(name)
-            if name == {"hub": "hub", "teacher_samples": "samples", "python_text": "python"}.get(self.kind):
+            if name in SECTIONS.get(self.kind, ()):
                 fields[name] = value
+        if "pairs" in fields:
+            fields["pairs"].pop("score_seconds")
         if self.heldout_kind != "split":
             fields.pop("heldout_fraction")
         if self.kind not in ("files", "hub") and self.heldout_kind != "path":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.pairs import answers_kind
 from posttrain.data.reading import CARD, ROWS
 from posttrain.errors import RecipeError
 
@@ -24,12 +25,14 @@ class Document:
     Attributes:
         group: documents of one group never end up in different splits; by default a document's text is its own group.
         messages: turns, if the document is a conversation; `text` is then its plain rendering.
+        fields: further fields of its row, JSON-able: `prompt`, `chosen`, `rejected` of a preference pair, and the like.
     """
 
     id: str
     text: str
     group: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -37,7 +40,17 @@ class Document:
         row: dict[str, Any] = {"id": self.id, "text": self.text}
         if self.messages:
             row["messages"] = [{"role": role, "content": content} for role, content in self.messages]
-        return row
+        return {**row, **self.fields}
+
+    @property
+    def kind(self) -> str:
+        """What a stage finds in its row: `preference`, `prompt` (with a completion), `messages` or `text`."""
+        return answers_kind(self.fields) or ("messages" if self.messages else "text")
+
+
+def kinds(documents: Iterable[Document]) -> str:
+    """The kinds of all documents, joined by `+`; most data have one."""
+    return "+".join(sorted({document.kind for document in documents}))
 
 
 def split_documents(
@@ -86,7 +99,7 @@ def limited(documents: Iterable[Document], max_rows: int | None, max_bytes: int 
 
 
 def write_dataset(folder: Path, documents: Sequence[Document], **card: Any) -> None:
-    """Write `rows.jsonl` and `dataset.json`; `card` adds to rows, bytes and sha256."""
+    """Write `rows.jsonl` and `dataset.json`; `card` adds to rows, kind, bytes and sha256."""
     digest, size = hashlib.sha256(), 0
     with (folder / ROWS).open("wb") as file:
         for document in documents:
@@ -96,7 +109,7 @@ def write_dataset(folder: Path, documents: Sequence[Document], **card: Any) -> N
             size += len(document.text.encode())
         file.flush()
         os.fsync(file.fileno())
-    content = {**card, "rows": len(documents), "bytes": size, "sha256": digest.hexdigest()}
+    content = {**card, "rows": len(documents), "kind": kinds(documents), "bytes": size, "sha256": digest.hexdigest()}
     with (folder / CARD).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
         file.write("\n")

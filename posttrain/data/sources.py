@@ -10,9 +10,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.builders import committed, files, hub, python_text, teacher_samples, tiny
-from posttrain.data.config import DataSourceConfig
-from posttrain.data.documents import BYTES_PER_TOKEN, Document, limited, split_documents, too_few
+from posttrain.data import tasks
+from posttrain.data.builders import (
+    committed,
+    files,
+    hub,
+    preference_pairs,
+    python_text,
+    reasoning_gym,
+    teacher_samples,
+    tiny,
+)
+from posttrain.data.config import GYM_BUILDERS, DataSourceConfig
+from posttrain.data.documents import BYTES_PER_TOKEN, Document, kinds, limited, split_documents, too_few
 from posttrain.errors import RecipeError
 from posttrain.pipeline.context import StageContext
 
@@ -30,15 +40,21 @@ LICENCES = {
     "tiny": "Apache-2.0",
     "python_text": python_text.LICENCE,
     "teacher_samples": teacher_samples.LICENCE,
+    "reasoning_gym": reasoning_gym.LICENCE,
+    "preference_pairs": preference_pairs.LICENCE,
 }
+
+KINDS = {"teacher_samples": "messages", "reasoning_gym": "messages", "preference_pairs": "preference"}
+"""Builder to the kind of its rows, where it makes one kind alone."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Documents and bytes of text, None while unknown."""
+    """Documents, bytes of text and kinds of rows, None while unknown."""
 
     rows: int | None = None
     bytes: int | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,8 @@ def build(cfg: DataSourceConfig, ctx: StageContext) -> Split:
     Raises:
         RecipeError: the files are not usable, or there are too few documents.
     """
+    if cfg.kind in GYM_BUILDERS:
+        return _generated(cfg, ctx)
     makers: dict[str, Callable[[], list[Document]]] = {
         "files": lambda: read_source(cfg),
         "tiny": tiny.build,
@@ -71,6 +89,19 @@ def build(cfg: DataSourceConfig, ctx: StageContext) -> Split:
         "teacher_samples": lambda: teacher_samples.build(cfg.samples, ctx),
     }
     return divide(cfg, makers[cfg.kind]())
+
+
+def _generated(cfg: DataSourceConfig, ctx: StageContext) -> Split:
+    """Generated problems, held out by their seeds unless other held-out text is wanted."""
+    tasks.check_tasks(cfg.gym, "data")
+    share = cfg.heldout_fraction if cfg.heldout_kind == "split" else 0.0
+    if cfg.kind == "reasoning_gym":
+        train, heldout = reasoning_gym.build(cfg.gym, share, ctx)
+    else:
+        train, heldout = preference_pairs.build(cfg.gym, cfg.pairs, share, ctx)
+    if not share:
+        return divide(cfg, train)
+    return Split(limited(train, cfg.max_rows, cfg.max_bytes), heldout)
 
 
 def divide(cfg: DataSourceConfig, documents: list[Document]) -> Split:
@@ -115,11 +146,13 @@ def sizes(cfg: DataSourceConfig) -> tuple[Size, Size]:
             cfg, tiny.build() if cfg.kind == "tiny" else _read_cached(cfg.model_dump_json(), _state(cfg.source_path))
         )
         return _size(made.train), _size(made.heldout)
-    total = _expected_bytes(cfg)
+    total, kind = _expected_bytes(cfg), KINDS.get(cfg.kind)
     if cfg.heldout_kind != "split":
-        return Size(None, _capped(cfg, total)), _size(heldout_documents(cfg))
+        return Size(_rows(cfg, 0.0), _capped(cfg, total), kind), _size(heldout_documents(cfg))
     held = int(total * cfg.heldout_fraction)
-    return Size(None, _capped(cfg, total - held)), Size(None, held)
+    rows = _rows(cfg, cfg.heldout_fraction)
+    heldout_rows = None if rows is None else tasks.heldout_size(cfg.gym.size, cfg.heldout_fraction)
+    return Size(rows, _capped(cfg, total - held), kind), Size(heldout_rows, held, kind)
 
 
 def absent_packages(cfg: DataSourceConfig) -> list[str]:
@@ -139,6 +172,9 @@ def external(cfg: DataSourceConfig) -> dict[str, Any]:
     if cfg.kind == "python_text":
         found["python"] = platform.python_version()
         found["packages"] = python_text.versions(cfg.python.packages)
+    if cfg.kind in GYM_BUILDERS:
+        tasks.require_package(_where(cfg))
+        found["reasoning_gym"] = tasks.package_version()
     if cfg.heldout_kind == "path":
         where = f"data.heldout_path={cfg.heldout_path}"
         found["heldout_files"] = _digests(cfg.heldout_source_path, where, digest_path)
@@ -188,8 +224,19 @@ def _expected_bytes(cfg: DataSourceConfig) -> int:
         return min(python_text.expected_bytes(cfg.python.packages), cfg.python.max_bytes or sys.maxsize)
     if cfg.kind == "teacher_samples":
         return int(cfg.samples.num_samples * cfg.samples.max_new_tokens * ANSWER_SHARE * BYTES_PER_TOKEN)
+    if cfg.kind in GYM_BUILDERS:
+        tasks.check_tasks(cfg.gym, "data")
+        return cfg.gym.size * tasks.typical_bytes(cfg.gym)
     assert cfg.hub is not None
     return cfg.hub.max_rows * 4000
+
+
+def _rows(cfg: DataSourceConfig, heldout_fraction: float) -> int | None:
+    """Training rows where the settings say how many there will be, at most."""
+    if cfg.kind not in GYM_BUILDERS:
+        return None
+    held = tasks.heldout_size(cfg.gym.size, heldout_fraction)
+    return min(cfg.gym.size - held, cfg.max_rows or cfg.gym.size)
 
 
 def _capped(cfg: DataSourceConfig, size: int) -> int:
@@ -197,4 +244,4 @@ def _capped(cfg: DataSourceConfig, size: int) -> int:
 
 
 def _size(documents: list[Document]) -> Size:
-    return Size(len(documents), sum(len(document.text.encode()) for document in documents))
+    return Size(len(documents), sum(len(document.text.encode()) for document in documents), kinds(documents))

@@ -17,6 +17,11 @@ from posttrain.models.sources.hub import is_commit
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 
+WRITERS = ("teacher_samples", "preference_pairs")
+"""Builders whose text the input model writes."""
+
+WRITTEN_BY_SEED = (*WRITERS, "reasoning_gym")
+
 
 class DataSource(Stage):
     """Read, build or sample text and hold documents out of it. See `DataSourceConfig`."""
@@ -25,7 +30,7 @@ class DataSource(Stage):
     version: ClassVar[str] = "1"
     Config = DataSourceConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
-        "model": InputSpec("model", optional=True, doc="Writes the text of builder `teacher_samples`.")
+        "model": InputSpec("model", optional=True, doc="Writes what `teacher_samples` or `preference_pairs` samples.")
     }
     outputs: ClassVar[dict[str, str]] = {"train": "dataset", "heldout": "dataset"}
 
@@ -33,21 +38,23 @@ class DataSource(Stage):
         return sources.external(cfg)
 
     def uses_seed(self, cfg: DataSourceConfig) -> bool:
-        """Only where a model writes the text; every other builder is the same for all seeds."""
-        return cfg.kind == "teacher_samples"
+        """Only where the text is sampled or generated; every other builder is the same for all seeds."""
+        return cfg.kind in WRITTEN_BY_SEED
 
     def describe(self, cfg: DataSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         metas = {}
         for name, size in zip(("train", "heldout"), sources.sizes(cfg), strict=True):
             tokens = None if size.bytes is None else size.bytes // BYTES_PER_TOKEN
             extra = {"label": _label(cfg, name), "split": name, "bytes": size.bytes}
+            if size.kind is not None:
+                extra["rows"] = size.kind
             metas[name] = ArtifactMeta(type="dataset", rows=size.rows, tokens=tokens, extra=extra)
         return metas
 
     def check(self, cfg: DataSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
-        if cfg.kind == "teacher_samples" and "model" not in inputs:
+        if cfg.kind in WRITERS and "model" not in inputs:
             fix = "data.inputs.model=model (or another model reference)"
-            raise RecipeError("teacher_samples needs a model that writes", where="data.inputs", fix=fix)
+            raise RecipeError(f"{cfg.kind} needs a model that writes", where="data.inputs", fix=fix)
         sources.sizes(cfg)
         if cfg.heldout_kind != "split":
             sources.heldout_documents(cfg)
@@ -58,7 +65,7 @@ class DataSource(Stage):
         data_tokens = None if train.bytes is None else train.bytes // BYTES_PER_TOKEN
         common = {"data_tokens": data_tokens, "disk_bytes": disk, "notes": _notes(cfg)}
         model = inputs.get("model")
-        if cfg.kind != "teacher_samples" or model is None or model.architecture is None:
+        if cfg.kind not in WRITERS or model is None or model.architecture is None:
             return Estimate(**common)
         return _sampling_estimate(cfg, model.architecture, common)
 
@@ -79,6 +86,7 @@ class DataSource(Stage):
     def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
         card = read_card(path)
         extra = {**predicted.extra, "bytes": card["bytes"], "sha256": card["sha256"], "licence": card["licence"]}
+        extra |= {"rows": card["kind"]} if "kind" in card else {}
         return replace(predicted, rows=card["rows"], tokens=card["bytes"] // BYTES_PER_TOKEN, extra=extra)
 
 
@@ -107,6 +115,8 @@ def _notes(cfg: DataSourceConfig) -> tuple[str, ...]:
             revision = cfg.hub.revision or "main"
             notes.append(f"revision {revision} is not pinned: pin data.hub.revision=COMMIT for a repeatable key")
         return tuple(notes)
+    if cfg.kind == "preference_pairs":
+        return ("questions to which the model gives no wrong answer are left out: there may be fewer pairs",)
     if cfg.kind == "python_text" and (absent := sources.absent_packages(cfg)):
         return (f"without the text of {', '.join(absent)}: not installed here",)
     if cfg.kind == "files" and cfg.heldout_kind == "split" and sources.is_one_text(cfg):
@@ -117,7 +127,8 @@ def _notes(cfg: DataSourceConfig) -> tuple[str, ...]:
 def _sampling_estimate(cfg: DataSourceConfig, architecture: dict[str, Any], common: dict[str, Any]) -> Estimate:
     from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 
-    samples = cfg.samples
+    samples = cfg.samples if cfg.kind == "teacher_samples" else cfg.pairs
+    answers = samples.num_samples if cfg.kind == "teacher_samples" else cfg.gym.size * samples.tries
     element = 4 if samples.dtype == "float32" else 2
     length = samples.max_new_tokens + sources.PROMPT_TOKENS
     memory = {
@@ -125,5 +136,5 @@ def _sampling_estimate(cfg: DataSourceConfig, architecture: dict[str, Any], comm
         "cache": samples.batch_size * length * cache_bytes_per_token(architecture, element),
         "logits": 4 * 3 * samples.batch_size * architecture["vocab_size"],
     }
-    tokens = samples.num_samples * samples.max_new_tokens
+    tokens = answers * samples.max_new_tokens
     return Estimate(parameters=parameter_count(architecture), tokens=tokens, memory=memory, **common)

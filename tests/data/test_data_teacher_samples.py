@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posttrain.data.builders import teacher_samples
+from posttrain.data.builders import batches, teacher_samples
 from posttrain.data.config import DataSourceConfig
 from posttrain.data.reading import read_rows
 from posttrain.data.stage import DataSource
@@ -48,7 +48,7 @@ def test_stopped_and_torn_run_ends_with_the_same_bytes(model, tmp_path) -> None:
     stop_after(ctx, batches=2)
     with pytest.raises(StopRequested):
         DataSource().run(ctx)
-    partial = ctx.work_dir / teacher_samples.PARTIAL
+    partial = ctx.work_dir / batches.PARTIAL
     assert len(partial.read_text().splitlines()) == 2
     with partial.open("a") as file:
         file.write('{"batch": 2, "answ')

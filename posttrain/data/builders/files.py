@@ -9,6 +9,8 @@ from typing import Any
 
 from posttrain.data.chat import normal_messages, plain_text
 from posttrain.data.documents import Document, too_few
+from posttrain.data.pairs import UNFINISHED, UnusableAnswers, answered_text, answers_kind, normal_answers, prompt_text
+from posttrain.data.tasks import TASK
 from posttrain.errors import RecipeError
 
 SUFFIXES = (".jsonl", ".txt", ".md")
@@ -91,16 +93,19 @@ def read_jsonl(file: Path, name: str, text_field: str, document_field: str | Non
 
 
 def row_document(row: Any, row_id: str, text_field: str, document_field: str | None, where: str) -> Document:
-    """A document of a row `{text_field: str}` or `{"messages": [...]}` (also `conversations`).
+    """A document of a row: `{text_field: str}`, `{"messages": [...]}` (also `conversations`), a preference pair
+    (`prompt`, `chosen`, `rejected`) or a `prompt` with its `completion`.
 
     Raises:
-        RecipeError: it is neither.
+        RecipeError: it is none of them, or lacks a part.
     """
     if not isinstance(row, dict):
         raise RecipeError("a row must be a JSON object", where=where, fix=f'{{"{text_field}": "..."}}')
     group = "" if document_field is None else f"{document_field}={row.get(document_field)}"
     row_id = str(row.get("id", row_id))
     text = row.get(text_field)
+    if answers_kind(row) is not None:
+        return _answers_document(row, row_id, text, group, where)
     messages = normal_messages(row.get("messages", row.get("conversations")))
     # A text of its own counts, unless it is the plain form of the conversation, as in our own artifacts.
     if isinstance(text, str) and (messages is None or text != plain_text(messages)):
@@ -110,10 +115,32 @@ def row_document(row: Any, row_id: str, text_field: str, document_field: str | N
         raise RecipeError(
             f"the row has no text in field {text_field!r} and no `messages` (its fields: {fields})",
             where=where,
-            fix='data.text_field=NAME, or rows {"messages": [{"role": "user", "content": "..."}, ...]}',
+            fix='data.text_field=NAME, or rows {"messages": [{"role": "user", "content": "..."}, ...]}, or '
+            '{"prompt": ..., "chosen": ..., "rejected": ...}, or {"prompt": ..., "completion": ...}',
         )
     turns = tuple((turn["role"], turn["content"]) for turn in messages)
-    return Document(id=row_id, text=plain_text(messages), group=group, messages=turns)
+    return Document(id=row_id, text=plain_text(messages), group=group, messages=turns, fields=_kept(row))
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    """Fields of our own beside text, turns and answers: how to score the task, and which answers were cut off."""
+    return {name: row[name] for name, kind in ((TASK, dict), (UNFINISHED, list)) if isinstance(row.get(name), kind)}
+
+
+def _answers_document(row: dict[str, Any], row_id: str, text: Any, group: str, where: str) -> Document:
+    """A preference pair or a prompt with its completion; all rows with one prompt stay in one split."""
+    try:
+        answers = normal_answers(row)
+        plain = answered_text(answers)
+    except UnusableAnswers as error:
+        if isinstance(text, str):
+            return Document(id=row_id, text=text, group=group)
+        fix = 'rows {"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "completion": ...}'
+        raise RecipeError(f"{error}", where=where, fix=fix) from error
+    if isinstance(text, str) and text != plain:
+        return Document(id=row_id, text=text, group=group)
+    group = group or f"prompt={prompt_text(answers)}"
+    return Document(id=row_id, text=plain, group=group, fields={**answers, **_kept(row)})
 
 
 def _read_text(file: Path) -> str:

@@ -6,16 +6,13 @@ batch is in `partial.jsonl`, and each batch draws its own random numbers, so a r
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from posttrain.data.builders.batches import batch_seed, cut, in_batches
 from posttrain.data.builders.prompts import built_in
 from posttrain.data.chat import plain_text
-from posttrain.data.config import Samples
+from posttrain.data.config import PairSamples, Samples
 from posttrain.data.documents import Document
 from posttrain.errors import StageError
 from posttrain.pipeline.context import StageContext
@@ -23,7 +20,6 @@ from posttrain.pipeline.context import StageContext
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PARTIAL = "partial.jsonl"
 LICENCE = "that of the model that wrote it"
 
 
@@ -43,14 +39,11 @@ def build(samples: Samples, ctx: StageContext) -> list[Document]:
         StopRequested: a stop was asked for; the finished batches are kept.
     """
     prompts = prompts_of(samples)
-    batches = [prompts[start : start + samples.batch_size] for start in range(0, len(prompts), samples.batch_size)]
-    partial = ctx.work_dir / PARTIAL
-    answers = _finished(partial, batches)
-    if len(answers) < len(batches):
-        _sample(samples, ctx, batches, answers, partial)
+    batches = cut(prompts, samples.batch_size)
+    answers = in_batches(ctx, batches, lambda: _sampler(samples, ctx, batches))
     documents = [
         _document(number, group, prompt, answer)
-        for number, ((group, prompt), answer) in enumerate(zip(prompts, sum(answers, []), strict=True))
+        for number, ((group, prompt), answer) in enumerate(zip(prompts, answers, strict=True))
         if answer.strip()
     ]
     ctx.record_result(empty_answers=len(prompts) - len(documents))
@@ -61,39 +54,47 @@ def build(samples: Samples, ctx: StageContext) -> list[Document]:
     return documents
 
 
-def _sample(
-    samples: Samples,
-    ctx: StageContext,
-    batches: Sequence[list[tuple[str, str]]],
-    answers: list[list[str]],
-    partial: Path,
-) -> None:
-    """Extend `answers` and the partial file by one entry a batch."""
+def _sampler(
+    samples: Samples, ctx: StageContext, batches: Sequence[list[tuple[str, str]]]
+) -> Callable[[int], list[str]]:
+    model, tokenizer = load_writer(ctx, samples.dtype)
+
+    def sample(number: int) -> list[str]:
+        prompts = [prompt for _, prompt in batches[number]]
+        return generate(model, tokenizer, prompts, samples, batch_seed("teacher_samples", ctx.seed, number))
+
+    return sample
+
+
+def load_writer(ctx: StageContext, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The input model that writes, with its tokenizer."""
     import torch
 
     from posttrain.models.loading import load_model, load_tokenizer
 
     folder = ctx.inputs["model"].path
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, device=ctx.device, dtype=getattr(torch, samples.dtype)).eval()
-    with partial.open("a", encoding="utf-8") as file:
-        for number in range(len(answers), len(batches)):
-            ctx.progress(number, len(batches), unit="batch")
-            if ctx.should_stop():
-                ctx.stop(number)
-            seed = _batch_seed(ctx.seed, number)
-            texts = generate(model, tokenizer, [prompt for _, prompt in batches[number]], samples, seed)
-            file.write(json.dumps({"batch": number, "answers": texts}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            answers.append(texts)
-    ctx.progress(len(batches), len(batches), unit="batch")
+    return load_model(folder, device=ctx.device, dtype=getattr(torch, dtype)).eval(), load_tokenizer(folder)
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], samples: Samples, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    samples: Samples | PairSamples,
+    seed: int,
 ) -> list[str]:
     """A sampled answer to each prompt, special tokens left out. The global random state stays as it was."""
+    return [text for text, _ in write(model, tokenizer, prompts, samples, seed)]
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    samples: Samples | PairSamples,
+    seed: int,
+) -> list[tuple[str, bool]]:
+    """As `generate`, with whether the model ended its answer itself, before `max_new_tokens`."""
     import torch
 
     tokenizer.padding_side = "left"
@@ -116,7 +117,10 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
         )
     written = output[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    texts = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    return [(text, not ends.isdisjoint(row)) for text, row in zip(texts, written.tolist(), strict=True)]
 
 
 def _with_template(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -130,27 +134,3 @@ def _document(number: int, group: str, prompt: str, answer: str) -> Document:
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     messages = tuple((turn["role"], turn["content"]) for turn in turns)
     return Document(id=f"sample-{number:06d}", text=plain_text(turns), group=group, messages=messages)
-
-
-def _batch_seed(seed: int, batch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"teacher_samples/{seed}/{batch}".encode()).digest()[:7], "big")
-
-
-def _finished(partial: Path, batches: Sequence[list[Any]]) -> list[list[str]]:
-    """Answers of the batches that an earlier attempt finished; the file is cut behind the last whole one."""
-    if not partial.is_file():
-        return []
-    answers: list[list[str]] = []
-    good = 0
-    for raw in partial.read_bytes().splitlines(keepends=True):
-        try:
-            entry = json.loads(raw) if raw.endswith(b"\n") else None
-        except ValueError:
-            entry = None
-        number = len(answers)
-        if entry is None or entry["batch"] != number or len(entry["answers"]) != len(batches[number]):
-            break
-        answers.append(entry["answers"])
-        good += len(raw)
-    os.truncate(partial, good)
-    return answers

@@ -1,0 +1,173 @@
+"""Generated tasks of the package `reasoning_gym`: which there are, their problems, and the split by ranges of seeds.
+
+Problem `index` of a generator made with `seed` is drawn from `Random(seed + index)`: generators whose seeds differ by
+less than their size share problems. Training and held-out problems therefore come from ranges of seeds that cannot
+meet, and because two seeds may still draw the same small problem, a question occurs once over both splits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+from posttrain.data.config import GymTasks
+from posttrain.errors import Problem, RecipeError
+
+PACKAGE, EXTRA = "reasoning_gym", "rl"
+TASK = "task"
+"""Field of a row: the settings that `problem_of` makes its problem from again, and `Scorer` scores answers by."""
+
+SEEDS_PER_RUN, HELDOUT_SEEDS = 1 << 24, 1 << 23
+"""Seeds that belong to one seed of a run; of these, the held-out problems' begin in the middle."""
+
+TRIES = 20
+"""Problems drawn for each that is wanted, at most: small generators repeat themselves."""
+
+GeneratorKey = tuple[str, str, int, int]
+
+
+@dataclass(frozen=True)
+class TaskProblem:
+    """One generated problem.
+
+    Attributes:
+        task: name, settings, seed, size and index of its generator, JSON-able.
+    """
+
+    question: str
+    answer: str
+    task: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return f"{self.task['name']}/{self.task['seed'] + self.task['index']}"
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Both splits; `duplicates`: problems that were drawn and left out because their question had occurred."""
+
+    train: list[TaskProblem]
+    heldout: list[TaskProblem]
+    duplicates: int
+
+
+def require_package(where: str) -> None:
+    """Raises RecipeError naming the extra to install, if `reasoning_gym` is not there."""
+    if find_spec(PACKAGE) is None:
+        raise RecipeError(
+            f"the package {PACKAGE} is not installed; it makes and scores the tasks",
+            where=where,
+            fix=f"pip install 'posttrain[{EXTRA}]'",
+        )
+
+
+def package_version() -> str:
+    """Version of `reasoning_gym`: it decides the problems."""
+    return metadata.version(PACKAGE)
+
+
+def check_tasks(tasks: GymTasks, where: str) -> None:
+    """Raises RecipeError: the package is absent, a task's name is unknown, or its generator refuses its settings."""
+    require_package(where)
+    if problems := _refused(json.dumps(tasks.tasks, sort_keys=True), where):
+        raise RecipeError(problems=list(problems))
+
+
+def draw(tasks: GymTasks, heldout_fraction: float, seed: int) -> Problems:
+    """`tasks.size` problems in all, from every task in turn, `heldout_fraction` of them held out.
+
+    Fewer if the generators cannot make as many different questions. The same for the same seed, whatever the machine.
+    """
+    held = heldout_size(tasks.size, heldout_fraction)
+    first = (seed % (1 << 32)) * SEEDS_PER_RUN
+    seen: set[str] = set()
+    heldout, doubled = _distinct(tasks, held, first + HELDOUT_SEEDS, seen)
+    train, doubled_too = _distinct(tasks, tasks.size - held, first, seen)
+    return Problems(train, heldout, doubled + doubled_too)
+
+
+def heldout_size(size: int, fraction: float) -> int:
+    """Problems of `size` that are held out: one at least, and not all; none with a fraction of 0."""
+    return min(max(1, round(size * fraction)), size - 1) if fraction else 0
+
+
+def problem_of(task: dict[str, Any]) -> dict[str, Any]:
+    """The problem with its metadata, as `reasoning_gym` makes it: `question`, `answer`, `metadata`."""
+    return generator_of(task)[task["index"]]
+
+
+def generator_of(task: dict[str, Any]) -> Any:
+    """The generator of a row's task, kept for the next row."""
+    return _generator(task["name"], json.dumps(task["settings"], sort_keys=True), task["seed"], task["size"])
+
+
+def typical_bytes(tasks: GymTasks) -> int:
+    """Mean size of a conversation of question and answer, for estimates."""
+    return _typical_bytes(json.dumps(tasks.tasks, sort_keys=True))
+
+
+def _distinct(tasks: GymTasks, count: int, first_seed: int, seen: set[str]) -> tuple[list[TaskProblem], int]:
+    """`count` problems with questions that are not in `seen` yet, and how many were left out."""
+    found: list[TaskProblem] = []
+    doubled = 0
+    for problem in _rotating(tasks, count, first_seed):
+        if len(found) == count:
+            break
+        if problem.question in seen:
+            doubled += 1
+            continue
+        seen.add(problem.question)
+        found.append(problem)
+    return found, doubled
+
+
+def _rotating(tasks: GymTasks, count: int, first_seed: int) -> Iterator[TaskProblem]:
+    """Problems of every task in turn, `TRIES * count` in all."""
+    size = max(1, TRIES * count // len(tasks.tasks))
+    for index in range(size):
+        for name, settings in tasks.tasks.items():
+            task = {"name": name, "settings": settings, "seed": first_seed, "size": size, "index": index}
+            entry = problem_of(task)
+            yield TaskProblem(entry["question"].strip(), str(entry["answer"]), task)
+
+
+@lru_cache(maxsize=64)
+def _generator(name: str, settings: str, seed: int, size: int) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, **json.loads(settings), seed=seed, size=size)
+
+
+@lru_cache(maxsize=8)
+def _typical_bytes(settings: str) -> int:
+    by_name = json.loads(settings)
+    few = draw(GymTasks(tasks=by_name, size=8 * len(by_name)), 0.0, 0).train
+    return sum(len(f"User: {found.question}\n\nAssistant: {found.answer}") for found in few) // len(few)
+
+
+@lru_cache(maxsize=8)
+def _refused(tasks: str, where: str) -> tuple[Problem, ...]:
+    from reasoning_gym.factory import DATASETS
+
+    from posttrain.config.suggest import nearest
+
+    problems = []
+    for name, settings in json.loads(tasks).items():
+        at = f"{where}.gym.tasks.{name}"
+        if name not in DATASETS:
+            near = nearest(name, DATASETS)
+            problems.append(Problem(f"{PACKAGE} has no task {name!r}", at, f"did you mean {near}?" if near else ""))
+            continue
+        try:
+            _generator(name, json.dumps(settings, sort_keys=True), 0, 1)
+        except (AssertionError, TypeError, ValueError) as error:
+            known = ", ".join(sorted(set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"}))
+            said = str(error).strip() or type(error).__name__
+            problems.append(Problem(f"task {name} refuses its settings: {said}", at, f"its settings are: {known}"))
+    return tuple(problems)
