@@ -15,6 +15,7 @@ STAGES: dict[str, str] = {
     "mla_upcycle": "posttrain.methods.mla_upcycling.stage:MlaUpcycle",
     "distill": "posttrain.methods.distillation.stage:Distill",
     "sft": "posttrain.methods.sft.stage:Sft",
+    "preference": "posttrain.methods.preference.stage:Preference",
     "evaluate": "posttrain.methods.evaluation.stage:Evaluate",
     "export": "posttrain.methods.export.stage:Export",
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import normal_messages
+from posttrain.errors import StageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +67,18 @@ def spans(row: dict[str, Any], loss_on: str, tokenizer: PreTrainedTokenizerBase)
     if loss_on != "all":
         raise UnusableRow(f"plain text has no {loss_on} to learn: loss_on=all learns every token")
     return Spans(row["text"], ((0, len(row["text"])),), special=True, splits=True)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises StageError: no EOS, or no offsets, by which an answer's tokens are found."""
+    if tokenizer.eos_token_id is None:
+        raise StageError("the tokenizer has no EOS token", where="tokenizer", fix="add eos_token to its config")
+    if not tokenizer.is_fast:
+        raise StageError(
+            "the tokenizer does not say which characters a token stands for",
+            where="tokenizer",
+            fix="a tokenizer with a tokenizer.json",
+        )
 
 
 def encode(row: Spans, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posttrain.data.packing import best_fit
 from posttrain.data.reading import iter_rows
-from posttrain.data.spans import IGNORE, UnusableRow, encode, spans
+from posttrain.data.spans import IGNORE, UnusableRow, check_tokenizer, encode, spans
 from posttrain.errors import StageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def read_sequences(folder: Path, tokenizer: PreTrainedTokenizerBase, cfg: SftCon
     Raises:
         StageError: no row can be used, or the tokenizer lacks what is needed; the reasons with their number.
     """
-    _check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     found = Sequences(Dataset.from_list([]))
     documents = [piece for row in iter_rows(folder) for piece in _encode(row, tokenizer, cfg, found)]
     if not documents:
@@ -132,17 +132,6 @@ def _padded(rows: list[list[int]], width: int, value: int) -> Tensor:
 def _positions(lengths: list[int], width: int) -> Tensor:
     rest = width - sum(lengths)
     return torch.cat([torch.arange(length) for length in (*lengths, rest)])
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.eos_token_id is None:
-        raise StageError("the tokenizer has no EOS token", where="tokenizer", fix="add eos_token to its config")
-    if not tokenizer.is_fast:
-        raise StageError(
-            "the tokenizer does not say which characters a token stands for",
-            where="tokenizer",
-            fix="a tokenizer with a tokenizer.json",
-        )
 
 
 def _nothing(folder: Path, found: Sequences) -> StageError:
