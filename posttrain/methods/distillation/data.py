@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,19 @@ from posttrain.data.reading import encode_documents, read_rows, token_blocks
 from posttrain.errors import StageError
 from posttrain.methods.distillation.loss import IGNORE
 from posttrain.methods.distillation.packing import PackedRows, pack_documents
+from posttrain.training.order import run_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.methods.distillation.config import DistillConfig
+    from posttrain.methods.distillation.teacher_cache import TopKCache
+
+Collate = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+
 
 class OrderedBlocks(Dataset[dict[str, Tensor]]):
-    """`total` sequences drawn from `blocks` [N, T]: every epoch is a permutation, made of seed and epoch alone.
+    """`total` sequences drawn from `blocks` [N, T] in the order of `run_order`, epoch after epoch.
 
     Item i is the i-th sequence of the whole run, so that the order is the same for any micro-batch and after a resume.
     Tokens are held as int32, half the memory; `collate` gives the int64 that embeddings and losses want.
@@ -27,23 +34,17 @@ class OrderedBlocks(Dataset[dict[str, Tensor]]):
 
     def __init__(self, blocks: Tensor, total: int, seed: int) -> None:
         self.blocks = blocks.to(torch.int32)
-        self.total = total
-        self.seed = seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self.order = run_order(len(blocks), total, seed)
 
     def __len__(self) -> int:
-        return self.total
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.blocks[self.place(index)]}
 
     def place(self, index: int) -> int:
         """Which of the blocks is the run's sequence `index`."""
-        epoch, place = divmod(index, len(self.blocks))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.blocks), generator=generator)
-        return int(self._order[place])
+        return int(self.order[index])
 
 
 class OrderedPacks(OrderedBlocks):
@@ -81,11 +82,43 @@ class OrderedPacks(OrderedBlocks):
         """Unmasked and labelled tokens of that optimiser step, counted from 0."""
         if step != self._step:
             first = step * self.rows_per_step
-            places = [self.place(index) for index in range(first, first + self.rows_per_step)]
+            places = self.order[first : first + self.rows_per_step]
             tokens = int(self.rows.real[places].sum())
             # Every piece has one token without a label: its last.
             self._step, self._totals = step, (tokens, tokens - int(self.rows.pieces[places].sum()))
         return self._totals
+
+
+class WithTeacher(Dataset[dict[str, Tensor]]):
+    """The items of `sequences`, each with what was kept of the teacher: `teacher_ids` and `teacher_logprobs`."""
+
+    def __init__(self, sequences: OrderedBlocks, cache: TopKCache) -> None:
+        self.sequences, self.cache = sequences, cache
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        kept = self.cache[self.sequences.place(index)]
+        return {**self.sequences[index], **{f"teacher_{name}": tensor for name, tensor in kept._asdict().items()}}
+
+
+def run_sequences(blocks: Tensor | PackedRows, config: DistillConfig, seed: int) -> OrderedBlocks:
+    """All sequences of a run in the order they are used."""
+    total = config.max_steps * config.sequences_per_step
+    if isinstance(blocks, PackedRows):
+        return OrderedPacks(blocks, total, seed, config.sequences_per_step)
+    return OrderedBlocks(blocks, total, seed)
+
+
+def collate_with_teacher(collate: Collate) -> Collate:
+    """The same for items of `WithTeacher`: [B, T, k] and [B, T, k + 1] beside the rest."""
+
+    def both(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        kept = {name: torch.stack([item[name] for item in items]) for name in ("teacher_ids", "teacher_logprobs")}
+        return {**collate(items), **kept}
+
+    return both
 
 
 def collate_packs(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

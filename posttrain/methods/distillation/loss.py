@@ -11,10 +11,21 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from posttrain_kernels.linear_kl import DIVERGENCES, IGNORE, linear_kl
+from posttrain_kernels.linear_kl import DIVERGENCES, IGNORE, LinearKL, linear_kl
 from torch import Tensor
 
-__all__ = ["DIVERGENCES", "IGNORE", "REDUCTIONS", "LossParts", "distillation_loss", "kl_from_hidden"]
+from posttrain.methods.distillation.topk import TopK, linear_top_k_kl
+
+__all__ = [
+    "DIVERGENCES",
+    "IGNORE",
+    "REDUCTIONS",
+    "LossParts",
+    "TopK",
+    "distillation_loss",
+    "kl_from_hidden",
+    "top_k_loss",
+]
 
 REDUCTIONS = ("token_mean", "batch_sum")
 
@@ -77,13 +88,9 @@ def distillation_loss(
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
-    tokens: int | Tensor | None = None,
-    sequences: int | None = None,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    label_tokens: int | Tensor | None = None,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
+    **step: Any,
 ) -> LossParts:
     """`(1 - ce_weight) · KL + ce_weight · CE` with its parts; the student's logits are computed once for both.
 
@@ -94,47 +101,132 @@ def distillation_loss(
 
     Args:
         divergence: forward_kl (teacher to student), reverse_kl or jsd (with `beta`); see `linear_kl`.
+        step: how the tokens add up to the optimiser step's loss, see `_shares`: `tokens`, `sequences`, `labels`,
+            `ce_weight`, `label_tokens`.
+    """
+    _check(student_h, student_w, teacher_h, teacher_w, temperature)
+    rows = _shares(student_h, (teacher_h,), mask, reduction, **step)
+    result = linear_kl(
+        rows.student_h,
+        student_w,
+        rows.teacher[0],
+        teacher_w,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        logits_dtype=logits_dtype,
+        **rows.weighting(),
+    )
+    return rows.parts(result)
+
+
+def top_k_loss(
+    student_h: Tensor,
+    student_w: Tensor,
+    teacher: TopK,
+    mask: Tensor | None = None,
+    reduction: str = "token_mean",
+    temperature: float = 1.0,
+    *,
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    **step: Any,
+) -> LossParts:
+    """As `distillation_loss` with forward KL, to what was kept of a teacher at the same temperature.
+
+    It has one bucket for the tokens that were not kept (`linear_top_k_kl`), and is at most the full divergence.
+    `teacher` has the student's positions: `[B, T, k]` and `[B, T, k + 1]`, or `[N, ...]`.
+    """
+    rows = _shares(student_h, tuple(teacher), mask, reduction, **step)
+    result = linear_top_k_kl(
+        rows.student_h,
+        student_w,
+        TopK(*rows.teacher),
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        logits_dtype=logits_dtype,
+        **rows.weighting(),
+    )
+    return rows.parts(result)
+
+
+class _Rows(NamedTuple):
+    """The N tokens of a micro-batch, one after the other, and each one's share of the optimiser step's loss."""
+
+    student_h: Tensor
+    teacher: tuple[Tensor, ...]
+    mask: Tensor
+    labels: Tensor | None
+    weights: Tensor
+    label_weights: Tensor | None
+    tokens: int | Tensor
+    labelled: int | Tensor
+
+    def weighting(self) -> dict[str, Tensor | None]:
+        """Arguments of `linear_kl` and `linear_top_k_kl`."""
+        return {name: getattr(self, name) for name in ("weights", "mask", "labels", "label_weights")}
+
+    def parts(self, result: LinearKL) -> LossParts:
+        kl_sum = result.divergence.sum(dtype=torch.float64)
+        ce_sum = torch.zeros_like(kl_sum) if self.labels is None else result.cross_entropy.sum(dtype=torch.float64)
+        return LossParts(result.loss, kl_sum, ce_sum, self.tokens, self.labelled)
+
+
+def _shares(
+    student_h: Tensor,
+    teacher: tuple[Tensor, ...],
+    mask: Tensor | None,
+    reduction: str,
+    *,
+    tokens: int | Tensor | None = None,
+    sequences: int | None = None,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    label_tokens: int | Tensor | None = None,
+) -> _Rows:
+    """Tensors `[B, T, ...]` or `[N, ...]` as rows, with weights that make Σ the loss of the whole optimiser step.
+
+    Args:
         tokens: unmasked tokens of the whole optimiser step, for `token_mean`; default: those given here.
         sequences: sequences of the whole optimiser step, for `batch_sum`; default: B.
         labels: `[B, T]` or `[N]`, the token each position should predict (already shifted), -100 for none.
         label_tokens: labelled tokens of the whole optimiser step, for `token_mean`; default: those given here.
+
+    Raises:
+        ValueError: unknown reduction, `batch_sum` of flat input without `sequences`, `ce_weight` without labels.
     """
-    _check(student_h, student_w, teacher_h, teacher_w, reduction, temperature, labels, ce_weight)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: use one of {', '.join(REDUCTIONS)}")
+    if ce_weight and labels is None:
+        raise ValueError("ce_weight needs labels")
     if reduction == "batch_sum" and sequences is None:
         if student_h.dim() != 3:
             raise ValueError("batch_sum of [N, D] hidden states needs `sequences`, the number of sequences of the step")
         sequences = student_h.shape[0]
-    student_h, teacher_h = student_h.flatten(0, -2), teacher_h.flatten(0, -2)  # [N, Ds], [N, Dt]
+    student_h, *teacher = (tensor.flatten(0, -2) for tensor in (student_h, *teacher))
     labels = labels.flatten() if labels is not None and ce_weight else None
     mask = mask.flatten().ne(0) if mask is not None else None
     if mask is not None and not mask.is_cuda:
         # On a CPU rows left out need not be computed; on CUDA choosing them would wait for the device.
-        student_h, teacher_h = student_h[mask], teacher_h[mask]
+        student_h, teacher = student_h[mask], [tensor[mask] for tensor in teacher]
         labels, mask = labels[mask] if labels is not None else None, None
     count = student_h.shape[0] if mask is None else mask.sum()
     labelled = _labelled(labels, mask)
     by_token = reduction == "token_mean"
     kl_divisor = sequences if not by_token else count if tokens is None else tokens
     ce_divisor = sequences if not by_token else labelled if label_tokens is None else label_tokens
-    result = linear_kl(
+    return _Rows(
         student_h,
-        student_w,
-        teacher_h,
-        teacher_w,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        weights=_share(student_h, 1.0 - ce_weight, kl_divisor),
+        tuple(teacher),
         # Given even when nothing is masked: a weight of 0 (ce_weight 1) must not leave a row out of kl_sum.
-        mask=mask if mask is not None else student_h.new_ones(student_h.shape[0], dtype=torch.bool),
-        labels=labels,
-        label_weights=_share(student_h, ce_weight, ce_divisor) if labels is not None else None,
-        chunk_tokens=chunk_tokens,
-        logits_dtype=logits_dtype,
+        mask if mask is not None else student_h.new_ones(student_h.shape[0], dtype=torch.bool),
+        labels,
+        _share(student_h, 1.0 - ce_weight, kl_divisor),
+        _share(student_h, ce_weight, ce_divisor) if labels is not None else None,
+        count,
+        labelled,
     )
-    kl_sum = result.divergence.sum(dtype=torch.float64)
-    ce_sum = torch.zeros_like(kl_sum) if labels is None else result.cross_entropy.sum(dtype=torch.float64)
-    return LossParts(result.loss, kl_sum, ce_sum, count, labelled)
 
 
 def _labelled(labels: Tensor | None, mask: Tensor | None) -> int | Tensor:
@@ -154,18 +246,7 @@ def _share(hidden: Tensor, weight: float, divisor: int | Tensor) -> Tensor:
     return hidden.new_full(hidden.shape[:1], weight / max(divisor, 1), dtype=wide)
 
 
-def _check(
-    student_h: Tensor,
-    student_w: Tensor,
-    teacher_h: Tensor,
-    teacher_w: Tensor,
-    reduction: str,
-    temperature: float,
-    labels: Tensor | None,
-    ce_weight: float,
-) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}: use one of {', '.join(REDUCTIONS)}")
+def _check(student_h: Tensor, student_w: Tensor, teacher_h: Tensor, teacher_w: Tensor, temperature: float) -> None:
     if student_w.shape[0] != teacher_w.shape[0]:
         raise ValueError(
             f"student and teacher heads differ in vocabulary: {student_w.shape[0]} and {teacher_w.shape[0]} rows; "
@@ -175,5 +256,3 @@ def _check(
         raise ValueError(f"student and teacher positions differ: {tuple(student_h.shape)}, {tuple(teacher_h.shape)}")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if ce_weight and labels is None:
-        raise ValueError("ce_weight needs labels")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain.errors import Problem, RecipeError, StageError
 from posttrain.methods.distillation.config import DistillConfig
+from posttrain.methods.distillation.estimate import cache_bytes, cache_notes, logit_copies, peak_of_both
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
     ELEMENT_SIZE,
     activation_plan,
@@ -25,6 +27,8 @@ from posttrain.training.estimate import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from posttrain.methods.distillation.trainer import DistillTrainer
 
 
@@ -90,6 +94,8 @@ class Distill(Stage):
             problems.append(
                 Problem("the training data has no documents", where=_where(cfg, "data"), fix="give a file with text")
             )
+        problems += target_problems(cfg.lora, student.architecture) if student.architecture else []
+        problems += _cache_problems(cfg, teacher.architecture)
         if problems:
             raise RecipeError(problems=problems)
 
@@ -98,7 +104,8 @@ class Distill(Stage):
         tokens = cfg.max_steps * cfg.tokens_per_step
         if student is None:
             return Estimate(tokens=tokens, data_tokens=inputs["data"].tokens)
-        trainable = trainable_parameters(student, cfg.trainable)
+        adapters = adapter_parameters(student, cfg.lora) if cfg.lora else 0
+        trainable = adapters or trainable_parameters(student, cfg.trainable)
         micro_batch_tokens = cfg.micro_batch() * cfg.sequence_length
         plan = activation_plan(
             student,
@@ -108,55 +115,60 @@ class Distill(Stage):
             everything=cfg.gradient_checkpointing,
             budget=cfg.activation_budget,
         )
+        memory = training_memory(
+            student,
+            trainable,
+            micro_batch_tokens,
+            cfg.chunk_tokens,
+            precision=cfg.precision,
+            plan=plan,
+            logit_copies=logit_copies(cfg),
+            teacher=None if cfg.teacher_cache else teacher,
+            teacher_bytes=ELEMENT_SIZE[cfg.teacher_dtype],
+        )
+        memory["weights"] += 4 * adapters
+        cached = cache_bytes(cfg, inputs["data"].tokens)
         return Estimate(
             parameters=parameter_count(student),
-            notes=budget_notes(student, micro_batch_tokens, cfg, plan),
+            notes=budget_notes(student, micro_batch_tokens, cfg, plan) + cache_notes(cfg, cached),
             trainable=trainable,
             tokens=tokens,
             data_tokens=inputs["data"].tokens,
-            memory=training_memory(
-                student,
-                trainable,
-                micro_batch_tokens,
-                cfg.chunk_tokens,
-                precision=cfg.precision,
-                plan=plan,
-                logit_copies=4 if cfg.ce_weight else 3,
-                teacher=teacher,
-                teacher_bytes=ELEMENT_SIZE[cfg.teacher_dtype],
-            ),
+            memory=peak_of_both(cfg, memory, student, teacher),
             cache_bytes_per_token=cache_bytes_per_token(student),
-            disk_bytes=ELEMENT_SIZE[cfg.save_dtype] * parameter_count(student),
+            disk_bytes=ELEMENT_SIZE[cfg.save_dtype] * parameter_count(student) + cached,
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
         import torch
 
         from posttrain.methods.distillation.data import read_blocks, read_packs
-        from posttrain.methods.distillation.trainer import DistillTrainer, teacher_device
+        from posttrain.methods.distillation.teacher_pass import cached_teacher
+        from posttrain.methods.distillation.trainer import DistillTrainer
         from posttrain.models.loading import load_model, load_tokenizer, save_model
         from posttrain.training.rehearsal import rehearse_save
+        from posttrain.training.results import disk_needed, reset_peak_memory, write_history
 
         cfg: DistillConfig = ctx.config
         if ctx.world_size > 1:
             raise StageError("distill runs on one rank", where="engine.ranks", fix="engine.ranks=1")
         began = time.monotonic()
-        tokenizer = load_tokenizer(ctx.inputs["student"].path)
+        source, save_dtype = ctx.inputs["student"].path, getattr(torch, cfg.save_dtype)
+        tokenizer = load_tokenizer(source)
         read = read_packs if cfg.packing == "documents" else read_blocks
         blocks = read(ctx.inputs["data"].path, tokenizer, cfg.sequence_length)
-        student = load_model(ctx.inputs["student"].path, device=ctx.device, dtype=torch.float32)
-        place = str(teacher_device(cfg.teacher_device, torch.device(ctx.device)))
-        teacher = load_model(ctx.inputs["teacher"].path, device=place, dtype=getattr(torch, cfg.teacher_dtype))
-        _reset_peak_memory(ctx.device)
-        save_dtype = getattr(torch, cfg.save_dtype)
-        trainer = DistillTrainer(ctx, cfg, student, teacher, blocks)
-        rehearse_save(ctx.work_dir, student, student.config, save_dtype, _disk_needed(cfg, student))
+        student = load_model(source, device=ctx.device, dtype=torch.float32)
+        reset_peak_memory(ctx.device)
+        load_teacher = partial(_load_teacher, ctx, student)
+        cache = cached_teacher(ctx, cfg, blocks, load_teacher) if cfg.teacher_cache else None
+        trainer = DistillTrainer(ctx, cfg, student, None if cache else load_teacher(), blocks, cache)
+        needed = disk_needed(trainer.model, cfg.keep_checkpoints, cfg.save_dtype)
+        rehearse_save(ctx.work_dir, student, student.config, save_dtype, needed)
         history = trainer.fit()
         shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
         folders = {name: ctx.output_dir(name) for name in self.outputs}
-        source = ctx.inputs["student"].path
-        save_model(student.eval(), tokenizer, folders["model"], dtype=save_dtype, tokenizer_from=source)
-        _write_history(folders["history"], history)
+        save_model(trainer.trained().eval(), tokenizer, folders["model"], dtype=save_dtype, tokenizer_from=source)
+        write_history(folders["history"], history)
         _record(ctx, trainer, history, blocks, time.monotonic() - began)
         return folders
 
@@ -173,62 +185,56 @@ def _where(cfg: DistillConfig, *roles: str) -> str:
     return ", ".join(f"{role}={cfg.inputs.get(role, '?')}" for role in roles)
 
 
-def _disk_needed(cfg: DistillConfig, model: Any) -> int:
-    """Bytes of the kept checkpoints with one in the making (weights and two moments), and of the saved model."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    total = sum(size for size, _ in sizes)
-    checkpoint = 4 * total + 8 * sum(size for size, trained in sizes if trained)
-    return (cfg.keep_checkpoints + 1) * checkpoint + ELEMENT_SIZE[cfg.save_dtype] * total
+def _cache_problems(cfg: DistillConfig, teacher: Mapping[str, Any] | None) -> list[Problem]:
+    if not (cfg.teacher_cache and teacher and cfg.teacher_cache.top_k > teacher["vocab_size"]):
+        return []
+    vocabulary = teacher["vocab_size"]
+    problem = f"teacher_cache keeps {cfg.teacher_cache.top_k} tokens of a vocabulary of {vocabulary}"
+    return [Problem(problem, where="teacher_cache.top_k", fix=f"teacher_cache.top_k={vocabulary}")]
 
 
-def _write_history(folder: Path, history: list[dict[str, float]]) -> None:
-    from posttrain.pipeline.files import write_text
+def _load_teacher(ctx: StageContext, student: PreTrainedModel) -> PreTrainedModel:
+    """The teacher in its type and on its device, after a look whether the loss takes the two."""
+    import torch
 
-    write_text(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    from posttrain.methods.distillation.models import check_heads, teacher_device
+    from posttrain.models.loading import load_model
+
+    cfg: DistillConfig = ctx.config
+    place = str(teacher_device(cfg.teacher_device, torch.device(ctx.device)))
+    teacher = load_model(ctx.inputs["teacher"].path, device=place, dtype=getattr(torch, cfg.teacher_dtype))
+    check_heads(student, teacher)
+    return teacher
 
 
 def _record(
     ctx: StageContext, trainer: DistillTrainer, history: list[dict[str, float]], blocks: Any, seconds: float
 ) -> None:
+    from posttrain.training.results import last_tenth, peak_memory
+
     cfg: DistillConfig = ctx.config
-    tail = history[-max(1, len(history) // 10) :]
     tokens, rows = len(history) * cfg.tokens_per_step, len(blocks)
     if cfg.packing == "documents":
-        tokens, rows = sum(trainer.train_dataset.totals(step)[0] for step in range(len(history))), len(blocks.ids)
+        tokens, rows = sum(trainer.sequences.totals(step)[0] for step in range(len(history))), len(blocks.ids)
         ctx.record_result(padding=blocks.waste)
+    if trainer.cache is not None:
+        ctx.record_result(teacher_top_k_mass=trainer.cache.mass)
+        ctx.record_timing(teacher_cache_bytes=trainer.cache.bytes)
     ctx.record_result(
         steps=len(history),
         tokens=tokens,
         epochs=len(history) * cfg.sequences_per_step / rows,
         final_loss=history[-1]["loss"],
         final_kl=history[-1]["kl"],
-        last_tenth_kl=sum(row["kl"] for row in tail) / len(tail),
+        last_tenth_kl=last_tenth(history, "kl"),
     )
     ctx.record_timing(
         seconds=seconds,
         tokens_per_second=trainer.watch.tokens_per_second,
-        peak_memory_bytes=_peak_memory(ctx.device),
+        peak_memory_bytes=peak_memory(ctx.device),
         micro_batch=cfg.micro_batch(),
         compiled=trainer.compiles,
         recomputed_layers=trainer.activation_plan().recomputed,
         recomputed_mlps=trainer.activation_plan().recomputed_mlps,
         captured=trainer.captures,
     )
-
-
-def _reset_peak_memory(device: str) -> None:
-    import torch
-
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_memory(device: str) -> int:
-    """Peak bytes of the device's memory, or of this process on a CPU (loading and libraries included)."""
-    import resource
-
-    import torch
-
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from source_models import make_source
 
 from posttrain.methods.distillation import Distill, DistillConfig
@@ -43,6 +45,20 @@ def words(documents: int, length: int = 12, seed: int = 0) -> list[str]:
     return [" ".join(pick.choice(names) for _ in range(length)) for _ in range(documents)]
 
 
+def outcome(ctx: StageContext):
+    """Run the stage; weights, history rows and results."""
+    folders = STAGE.run(ctx)
+    rows = [json.loads(line) for line in (folders["history"] / "history.jsonl").read_text().splitlines()]
+    return load_file(folders["model"] / "model.safetensors"), rows, dict(ctx.result)
+
+
+def assert_same(one, other) -> None:
+    """Two outcomes that are equal bit for bit."""
+    assert one[0].keys() == other[0].keys()
+    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+    assert one[1:] == other[1:]
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folders `student`, `teacher` (untied head, other widths, same vocabulary) and `data`."""
@@ -73,3 +89,10 @@ def context(world, tmp_path):
         return StageContext("distill", config, work_dir, inputs, seed=3)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory):
+    """Documents of very different length, so that rows and steps hold different numbers of tokens."""
+    texts = [text[: 5 + 11 * (i % 4)] for i, text in enumerate(words(23, length=9))]
+    return write_dataset(tmp_path_factory.mktemp("uneven") / "data", texts)

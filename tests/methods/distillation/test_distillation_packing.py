@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from distillation_world import STAGE, context, words, world, write_dataset
-from safetensors.torch import load_file
+from distillation_world import STAGE, context, outcome, uneven, world, write_dataset
 from source_models import make_source
 
 from posttrain.errors import RecipeError, StageError
@@ -18,7 +15,7 @@ from posttrain.methods.distillation.packing import pack_documents
 from posttrain.methods.distillation.trainer import hidden_states
 from posttrain.pipeline.stage import ArtifactMeta
 
-__all__ = ["context", "world"]  # fixtures
+__all__ = ["context", "uneven", "world"]  # fixtures
 
 LENGTHS = (5, 30, 1, 17, 12, 1, 70, 9, 32, 3)
 
@@ -118,33 +115,6 @@ def test_packed_rows_equal_the_documents_one_by_one(kind):
     largest = max(gradient.abs().max() for gradient in wanted.values())
     for name, gradient in wanted.items():
         assert (gradients[name] - gradient).abs().max() <= 1e-5 * largest, name
-
-
-def outcome(ctx):
-    folders = STAGE.run(ctx)
-    rows = [json.loads(line) for line in (folders["history"] / "history.jsonl").read_text().splitlines()]
-    return load_file(folders["model"] / "model.safetensors"), rows, dict(ctx.result)
-
-
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory):
-    """Documents of very different length, so that rows and steps hold different numbers of tokens."""
-    texts = [text[: 5 + 11 * (i % 4)] for i, text in enumerate(words(23, length=9))]
-    return write_dataset(tmp_path_factory.mktemp("uneven") / "data", texts)
-
-
-@pytest.mark.parametrize("packing", ["stream", "documents"])
-@pytest.mark.parametrize("reduction", ["token_mean", "batch_sum"])
-def test_micro_batches_give_the_same_losses_and_weights(context, uneven, packing, reduction):
-    # AdamW divides by |g| near zero: a larger epsilon keeps rounding from being blown up to whole steps.
-    common = {"data": uneven, "packing": packing, "reduction": reduction, "ce_weight": 0.3, "adam_epsilon": 1e-3}
-    runs = [outcome(context(f"m{size}", micro_batch_size=size, max_steps=3, **common)) for size in (1, 2, 4)]
-    for weights, history, result in runs[1:]:
-        assert result["tokens"] == runs[0][2]["tokens"]
-        for row, first in zip(history, runs[0][1], strict=True):
-            assert all(row[name] == pytest.approx(first[name], rel=1e-6) for name in ("loss", "kl", "ce"))
-        for name, tensor in runs[0][0].items():
-            assert (weights[name] - tensor).abs().max() <= 1e-6, name
 
 
 def test_results_count_real_tokens_and_report_the_padding(context, uneven):
