@@ -11,9 +11,10 @@ from posttrain.errors import RecipeError, StageError
 from posttrain.methods.distillation import DistillConfig, distillation_loss
 from posttrain.methods.distillation.data import OrderedPacks, collate_packs
 from posttrain.methods.distillation.loss import IGNORE
+from posttrain.methods.distillation.models import add_adapters, hidden_states
 from posttrain.methods.distillation.packing import pack_documents
-from posttrain.methods.distillation.trainer import hidden_states
 from posttrain.pipeline.stage import ArtifactMeta
+from posttrain.training.adapters import LoraSettings
 
 __all__ = ["context", "uneven", "world"]  # fixtures
 
@@ -52,18 +53,22 @@ def test_best_fit_takes_the_fullest_row_that_holds_it():
 
 
 def student(kind: str):
+    """`llama`, `eager` or `upcycled` (latent attention); with `+lora`, adapters that are no longer zero."""
+    kind, _, adapters = kind.partition("+")
     if kind == "upcycled":
         from posttrain.methods.mla_upcycling import upcycle
 
         settings = {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
         calibration = [torch.randint(0, 250, (2, 64), generator=torch.Generator().manual_seed(9))]
-        return upcycle(make_source("llama", seed=1, attn_implementation="sdpa"), settings, calibration)[0]
-    model = make_source("llama", seed=1, attn_implementation="eager" if kind == "eager" else "sdpa")
-    if kind == "peft":
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        return get_peft_model(model, lora)
+        model = upcycle(make_source("llama", seed=1, attn_implementation="sdpa"), settings, calibration)[0]
+    else:
+        model = make_source("llama", seed=1, attn_implementation="eager" if kind == "eager" else "sdpa")
+    if adapters:
+        model = add_adapters(model, LoraSettings(r=4), seed=0)
+        generator = torch.Generator().manual_seed(8)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -91,8 +96,9 @@ def loss_and_gradients(model, teacher, batches):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["llama", "eager", "upcycled", "peft"])
+@pytest.mark.parametrize("kind", ["llama", "eager", "upcycled", "llama+lora", "upcycled+lora"])
 def test_packed_rows_equal_the_documents_one_by_one(kind):
+    """With adapters: also of a model that carries them, whose gradients are the adapters' alone."""
     model, teacher = student(kind).train(), make_source("qwen2", seed=2, attn_implementation="sdpa")
     rows = pack_documents(documents(), 32, pad=257)
     data = OrderedPacks(rows, len(rows.ids), seed=0, rows_per_step=len(rows.ids))
@@ -112,6 +118,7 @@ def test_packed_rows_equal_the_documents_one_by_one(kind):
     expected, wanted = loss_and_gradients(model, teacher, alone)
     assert expected > 0.1 and loss == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == wanted.keys() and len(gradients) >= 8
+    assert "lora" not in kind or all(".lora_" in name for name in gradients)
     largest = max(gradient.abs().max() for gradient in wanted.values())
     for name, gradient in wanted.items():
         assert (gradients[name] - gradient).abs().max() <= 1e-5 * largest, name
