@@ -83,11 +83,8 @@ def test_what_is_cut_or_left_out_is_counted_and_told(tmp_path, caplog):
     assert (len(found.rows), found.truncated, sum(found.unusable.values())) == (2, 1, 2)
     assert "1 of 2 pairs are longer than sequence_length=96" in caplog.text
     assert "chosen and rejected are the same" in caplog.text and "a text without" in caplog.text
-    assert found.tokens == sum(
-        len(ids) * (1 + (name == "prompt_ids")) for row in found.rows for name, ids in row.items()
-    )
-    for row in found.rows:
-        assert max(len(row["prompt_ids"]) + len(row[side]) for side in ("chosen_ids", "rejected_ids")) <= 96
+    sequences = [row["prompt_ids"] + row[side] for row in found.rows for side in ("chosen_ids", "rejected_ids")]
+    assert found.tokens == sum(map(len, sequences)) and max(map(len, sequences)) == 96
 
 
 @pytest.mark.parametrize(
