@@ -99,6 +99,8 @@ def _generated(cfg: DataSourceConfig, ctx: StageContext) -> Split:
         train, heldout = reasoning_gym.build(cfg.gym, share, ctx)
     else:
         train, heldout = preference_pairs.build(cfg.gym, cfg.pairs, share, ctx)
+    if not train or (share and not heldout):
+        raise too_few(len(train) + len(heldout), _where(cfg))
     if not share:
         return divide(cfg, train)
     return Split(limited(train, cfg.max_rows, cfg.max_bytes), heldout)

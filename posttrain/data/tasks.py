@@ -86,9 +86,12 @@ def draw(tasks: GymTasks, heldout_fraction: float, seed: int) -> Problems:
     """
     held = heldout_size(tasks.size, heldout_fraction)
     first = (seed % (1 << 32)) * SEEDS_PER_RUN
-    seen: set[str] = set()
-    heldout, doubled = _distinct(tasks, held, first + HELDOUT_SEEDS, seen)
-    train, doubled_too = _distinct(tasks, tasks.size - held, first, seen)
+    heldout, doubled = _distinct(tasks, held, first + HELDOUT_SEEDS, set())
+    train, doubled_too = _distinct(tasks, tasks.size - held, first, {problem.question for problem in heldout})
+    if held and len(train) < tasks.size - held:
+        # The held-out problems came first and took more than their share of all that there are.
+        heldout = heldout[: heldout_size(len(train) + len(heldout), heldout_fraction)]
+        train, doubled_too = _distinct(tasks, tasks.size - held, first, {problem.question for problem in heldout})
     return Problems(train, heldout, doubled + doubled_too)
 
 
@@ -112,8 +115,9 @@ def typical_bytes(tasks: GymTasks) -> int:
     return _typical_bytes(json.dumps(tasks.tasks, sort_keys=True))
 
 
-def _distinct(tasks: GymTasks, count: int, first_seed: int, seen: set[str]) -> tuple[list[TaskProblem], int]:
-    """`count` problems with questions that are not in `seen` yet, and how many were left out."""
+def _distinct(tasks: GymTasks, count: int, first_seed: int, taken: set[str]) -> tuple[list[TaskProblem], int]:
+    """`count` problems with different questions, none of them `taken`, and how many were left out."""
+    seen = set(taken)
     found: list[TaskProblem] = []
     doubled = 0
     for problem in _rotating(tasks, count, first_seed):
