@@ -10,6 +10,7 @@ from typing import Any
 from posttrain.report import facts, plots
 from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Node, Notice, Sample, Table, Text
 from posttrain.report.facts import Row
+from posttrain.report.gates import gates
 from posttrain.report.limits import limits
 from posttrain.report.numbers import NONE, byte_size, duration, percent, significant, whole, with_interval
 from posttrain.report.read import RunRecord, StageRecord
@@ -25,6 +26,7 @@ def content(run: RunRecord) -> list[Block]:
         _summary,
         _figures,
         _results,
+        gates,
         _samples,
         _graph,
         _estimates,

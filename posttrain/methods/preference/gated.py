@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,16 +90,24 @@ def keep_the_better(ctx: StageContext, gate: Gate, folder: Path) -> dict[str, fl
         gate={
             "metric": cfg.gate_metric,
             "reason": reason,
-            "before": before.given,
-            "after": {**after.given, **rewards},
+            "before": _storable(before.given),
+            "after": _storable({**after.given, **rewards}),
             "pairs": len(gate.pairs.rows) if gate.pairs else 0,
             "documents": len(gate.documents or ()),
             "overlap": gate.overlap,
         },
     )
     shown: dict[str, float] = {"gate/kept_trained": float(kept == "trained")}
-    shown |= {f"gate/before/{name}": value for name, value in before.given.items()}
-    return shown | {f"gate/after/{name}": value for name, value in {**after.given, **rewards}.items()}
+    figures_by_name = {
+        **{f"gate/before/{name}": value for name, value in before.given.items()},
+        **{f"gate/after/{name}": value for name, value in {**after.given, **rewards}.items()},
+    }
+    return shown | {name: value for name, value in figures_by_name.items() if math.isfinite(value)}
+
+
+def _storable(values: dict[str, float]) -> dict[str, float | None]:
+    """Null for what is no number: a manifest takes none, and the verdict's reason names it."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _measure(ctx: StageContext, gate: Gate, folder: Path, name: str) -> tuple[PairScores | None, Figures]:

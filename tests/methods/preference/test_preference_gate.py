@@ -141,6 +141,18 @@ def test_text_that_suffers_more_than_allowed_keeps_the_input(context, tmp_path):
     assert "perplexity rose" in results[0]["gate"]["reason"]
 
 
+def test_figures_that_are_no_numbers_keep_the_input_and_can_be_stored(context, monkeypatch):
+    from posttrain.methods.preference import gated
+    from posttrain.pipeline.fingerprint import canonical_json
+
+    found = iter([100.0, math.inf])
+    monkeypatch.setattr(gated, "text_perplexity", lambda *args: next(found))
+    _, history, result = outcome(context(max_steps=6, **GATE))
+    assert result["kept"] == "input" and "perplexity is not a finite number" in result["gate"]["reason"]
+    assert result["gate"]["after"]["perplexity"] is None and "gate/after/perplexity" not in history[-1]
+    canonical_json(result)
+
+
 def test_the_same_again(context):
     first, second = (outcome(context(work, **GATE)) for work in ("a", "b"))
     assert difference(first[0], second[0]) == 0 and first[1:] == second[1:]
