@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import normal_messages
+from posttrain.data.pairs import answers_kind
 from posttrain.errors import StageError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def row_kind(row: dict[str, Any]) -> str:
     """
     if row.get("messages"):
         return "messages"
+    if answers_kind(row) == "preference":
+        raise UnusableRow("a preference pair has two answers, and one is to be learnt: the preference stage takes it")
     if "prompt" in row and "completion" in row:
         return "prompt"
     if isinstance(row.get("text"), str):
@@ -96,9 +99,11 @@ def encode(row: Spans, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], l
     ids = list(encoded["input_ids"])
     learnt = [any(a < end and b > start for start, end in row.learnt) for a, b in encoded["offset_mapping"]]
     if not ids or ids[-1] != tokenizer.eos_token_id:
-        # A row that is learnt to its end is learnt to stop there.
-        learnt.append(any(end == len(row.text) for _, end in row.learnt))
         ids.append(tokenizer.eos_token_id)
+        learnt.append(False)
+    # A row that is learnt to its end is learnt to stop there, whoever wrote the EOS: one that the tokenizer adds
+    # itself stands for no characters, and overlaps nothing.
+    learnt[-1] |= any(end == len(row.text) for _, end in row.learnt)
     labels = [token if wanted else IGNORE for token, wanted in zip(ids, learnt, strict=True)]
     return ids, [IGNORE, *labels[1:]]
 

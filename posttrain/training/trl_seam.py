@@ -29,6 +29,9 @@ TRL_ARGUMENTS: dict[str, Any] = {
     "fp16": False,
 }
 
+COMPILED_WIDTHS = 128
+"""Tokens between two widths of padded batches where layers are compiled."""
+
 RELIED_ON: dict[str, tuple[str, ...]] = {
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
@@ -115,6 +118,11 @@ class TrlStageTrainer(StageTrainer):
 def ordered_rows(rows: Dataset, total: int, seed: int) -> Dataset:
     """The rows of a whole run in order, as `train_dataset` of a TRL trainer: epochs are permutations (`run_order`)."""
     return rows.select(run_order(len(rows), total, seed).numpy(), keep_in_memory=True)
+
+
+def padding_multiple(ctx: StageContext, config: TrainingConfig) -> int:
+    """What the width of a padded batch should be a multiple of: every width is compiled anew, some 20 s each."""
+    return COMPILED_WIDTHS if config.compiles(on_gpu=ctx.device != "cpu") else 1
 
 
 def label_tokens(batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> torch.Tensor:

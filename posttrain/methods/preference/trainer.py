@@ -13,7 +13,7 @@ from posttrain.methods.preference.config import PreferenceConfig
 from posttrain.pipeline.context import StageContext
 from posttrain.training.adapters import peft_config
 from posttrain.training.selection import select_trainable
-from posttrain.training.trl_seam import TrlStageTrainer, ordered_rows, require_trl
+from posttrain.training.trl_seam import TrlStageTrainer, ordered_rows, padding_multiple, require_trl
 
 
 class PreferenceTrainer(TrlStageTrainer, trl.DPOTrainer):
@@ -43,7 +43,7 @@ class PreferenceTrainer(TrlStageTrainer, trl.DPOTrainer):
             config,
             model,
             _in_order(rows, config, ctx.seed),
-            DataCollatorForPreference(pad_token_id=pad),
+            DataCollatorForPreference(pad_token_id=pad, pad_to_multiple_of=padding_multiple(ctx, config)),
             tokens_per_step=2 * config.pairs_per_step * config.sequence_length,
             processing_class=tokenizer,
             arguments_class=trl.DPOConfig,

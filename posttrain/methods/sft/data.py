@@ -71,14 +71,16 @@ class Collator:
     """Rows as tensors [B, T], padded on the right: `input_ids`, `labels`, and positions or an attention mask.
 
     Packed: T is always `length`, and `position_ids` start anew at each document, by which transformers keeps documents
-    apart where no attention mask is given; padding is a document of its own. Otherwise T is the longest row's.
+    apart where no attention mask is given; padding is a document of its own. Otherwise T is the longest row's, rounded
+    up to a `multiple` within `length`.
     """
 
-    def __init__(self, pad_token_id: int, length: int, packed: bool) -> None:
-        self.pad, self.length, self.packed = pad_token_id, length, packed
+    def __init__(self, pad_token_id: int, length: int, packed: bool, multiple: int = 1) -> None:
+        self.pad, self.length, self.packed, self.multiple = pad_token_id, length, packed, multiple
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = self.length if self.packed else max(len(row["input_ids"]) for row in rows)
+        longest = max(len(row["input_ids"]) for row in rows)
+        width = self.length if self.packed else min(self.length, -(-longest // self.multiple) * self.multiple)
         batch = {
             "input_ids": _padded([row["input_ids"] for row in rows], width, self.pad),
             "labels": _padded([row["labels"] for row in rows], width, IGNORE),

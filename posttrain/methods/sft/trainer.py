@@ -14,7 +14,7 @@ from posttrain.methods.sft.data import Collator
 from posttrain.pipeline.context import StageContext
 from posttrain.training.adapters import peft_config
 from posttrain.training.selection import select_trainable
-from posttrain.training.trl_seam import TrlStageTrainer, label_tokens, ordered_rows, require_trl
+from posttrain.training.trl_seam import TrlStageTrainer, label_tokens, ordered_rows, padding_multiple, require_trl
 
 # TRL reads these in its constructor; rows are tokenised, cut and packed before, and the collator is ours.
 READY_ROWS = {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False, "loss_type": "nll"}
@@ -41,7 +41,7 @@ class SftTrainer(TrlStageTrainer, trl.SFTTrainer):
             config,
             model,
             ordered_rows(rows, config.max_steps * config.sequences_per_step, ctx.seed),
-            Collator(pad, config.sequence_length, config.packing),
+            Collator(pad, config.sequence_length, config.packing, padding_multiple(ctx, config)),
             tokens_per_step=config.tokens_per_step,
             processing_class=tokenizer,
             arguments_class=trl.SFTConfig,

@@ -99,11 +99,46 @@ def test_completion_and_all():
         assert learnt_text(tokenizer, ids, labels) == ["cd<|im_end|>"]
 
 
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_an_eos_that_the_tokenizer_adds_is_learnt_too(adds_eos):
+    """It stands for no characters of the text; unlearnt, the model would never end a completion."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    if adds_eos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|bos|> $A <|im_end|>", special_tokens=[("<|bos|>", 256), ("<|im_end|>", 257)]
+        )
+    for row, loss_on in (({"prompt": "ab", "completion": "cd"}, "completion"), ({"text": "abcd"}, "all")):
+        ids, labels = encode(spans(row, loss_on, tokenizer), tokenizer)
+        assert ids[-1] == labels[-1] == 257 and ids.count(257) == 1
+        assert learnt_text(tokenizer, ids, labels)[0].endswith("cd<|im_end|>")
+    ids, labels = encode(chat_spans([*TALK, *chat("no", "x")[:1]], "assistant", tokenizer), tokenizer)
+    assert labels[-1] == IGNORE  # the conversation ends with a turn that is not learnt
+
+
+def test_unpacked_batches_have_few_widths_where_each_would_be_compiled(tmp_path):
+    from posttrain.pipeline.context import StageContext
+    from posttrain.training.trl_seam import padding_multiple
+
+    def multiple(**fields):
+        cfg = config(**fields)
+        return padding_multiple(StageContext("s", cfg, tmp_path), cfg)
+
+    assert multiple() == 1 and multiple(compile="layers") == 128
+    row = {"input_ids": [1] * 130, "labels": [1] * 130}
+    for length, wanted in ((512, 256), (200, 200)):
+        batch = Collator(258, length, packed=False, multiple=128)([row])
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, wanted)
+        assert int(batch["attention_mask"].sum()) == 130 and (batch["labels"][0, 130:] == IGNORE).all()
+
+
 @pytest.mark.parametrize(
     ("row", "loss_on", "template", "message"),
     [
         ({"text": "x"}, "assistant", "{{ messages }}", "plain text has no assistant"),
         ({"body": "x"}, "all", None, "it has body"),
+        ({"text": "x", "prompt": "a", "chosen": "b", "rejected": "c"}, "all", None, "preference pair has two answers"),
         ({"messages": chat("q", "a")[:1]}, "assistant", SMOLLM2_TEMPLATE, "no assistant turn"),
         ({"messages": chat("q", "a")[1:]}, "assistant", SMOLLM2_TEMPLATE, "begins with an assistant turn"),
         ({"messages": chat("q", "a")}, "assistant", None, "no chat template"),

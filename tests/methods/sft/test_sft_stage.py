@@ -69,10 +69,11 @@ def test_the_loss_is_the_learnt_tokens_mean_cross_entropy(context, world, data, 
     assert history[0]["loss"] == pytest.approx(expected_loss(world / "model", world / data, ctx.config), rel=2e-6)
 
 
-def test_history_results_and_saved_model(context, world):
+@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 4}}], ids=["full", "lora"])
+def test_history_results_and_saved_model(context, world, settings):
     from posttrain.models.inspect import model_meta
 
-    ctx = context()
+    ctx = context(**settings)
     weights, history, result = outcome(ctx)
     assert [row["step"] for row in history] == [1, 2, 3, 4]
     assert set(history[0]) == {"step", "loss", "lr", "grad_norm", "entropy", "mean_token_accuracy"}
@@ -99,6 +100,13 @@ def test_micro_batches_change_nothing(context, settings):
 
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}, "lr": 1e-2}
+
+
+@pytest.mark.parametrize("settings", [{}, LORA], ids=["full", "lora"])
+def test_recomputing_changes_nothing(context, settings):
+    """With adapters too, where nothing before the first of them has a gradient."""
+    kept, recomputed = (outcome(context(str(on), gradient_checkpointing=on, **settings)) for on in (False, True))
+    assert difference(kept[0], recomputed[0]) == 0 and kept[1] == recomputed[1]
 
 
 @pytest.mark.parametrize("settings", [{}, LORA], ids=["full", "lora"])
