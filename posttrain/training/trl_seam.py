@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from posttrain.errors import StageError
@@ -131,15 +130,18 @@ def label_tokens(batches: Sequence[Mapping[str, torch.Tensor]], device: torch.de
     return torch.stack(counts).sum().to(device)
 
 
-def require_trl(trainer: type[nn.Module] | type) -> None:
+def require_trl(trainer: type, further: Mapping[str, tuple[str, ...]] | None = None) -> None:
     """Refuse a TRL whose trainer differs from what this seam was made for.
+
+    Args:
+        further: as `RELIED_ON`, what a stage relies on besides.
 
     Raises:
         StageError: a method is missing or has other parameters.
     """
     import trl
 
-    for name, expected in RELIED_ON.items():
+    for name, expected in {**RELIED_ON, **(further or {})}.items():
         method = getattr(trainer, name, None)
         found = tuple(inspect.signature(method).parameters) if method else None
         if found != expected:

@@ -16,6 +16,14 @@ from posttrain.training.selection import select_trainable
 from posttrain.training.trl_seam import TrlStageTrainer, ordered_rows, padding_multiple, require_trl
 
 
+DPO_RELIED_ON = {
+    "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
+    "_precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
+    "compute_ref_log_probs": ("self", "model", "inputs"),
+}
+"""Methods of TRL's `DPOTrainer` that are replaced or called here, with their parameters."""
+
+
 class PreferenceTrainer(TrlStageTrainer, trl.DPOTrainer):
     """Trains `model` on tokenised pairs (`Pairs.rows`); with `config.lora`, adapters on it.
 
@@ -34,7 +42,7 @@ class PreferenceTrainer(TrlStageTrainer, trl.DPOTrainer):
         tokenizer: PreTrainedTokenizerBase,
         rows: Dataset,
     ) -> None:
-        require_trl(trl.DPOTrainer)
+        require_trl(trl.DPOTrainer, DPO_RELIED_ON)
         select_trainable(model, config.trainable)
         self.pairs = rows
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -196,6 +196,12 @@ def test_what_is_frozen_stays(context, world, settings):
     }
 
 
+def test_another_trl_is_refused(context, monkeypatch):
+    monkeypatch.setattr("trl.DPOTrainer.compute_ref_log_probs", lambda self, inputs: None)
+    with pytest.raises(StageError, match=r"DPOTrainer\.compute_ref_log_probs of TRL .* posttrain knows"):
+        STAGE.run(context())
+
+
 def test_a_nan_ends_the_stage(context, monkeypatch):
     plain = PreferenceTrainer.compute_loss
 
