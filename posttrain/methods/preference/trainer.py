@@ -15,7 +15,6 @@ from posttrain.training.adapters import peft_config
 from posttrain.training.selection import select_trainable
 from posttrain.training.trl_seam import TrlStageTrainer, ordered_rows, padding_multiple, require_trl
 
-
 DPO_RELIED_ON = {
     "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     "_precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
