@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import RecipeError
-from posttrain.methods.mla_upcycling import latent, rotary
+from posttrain.methods.mla_upcycling import freqfold, latent, query, rotary
+from posttrain.methods.mla_upcycling.budget import largest_rank
 from posttrain.methods.mla_upcycling.calibration import CalibrationStatistics, attention_layers
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.methods.mla_upcycling.plan import LayerPlan, MlaPlan
 from posttrain.methods.mla_upcycling.ranks import energy_rank, water_fill
-from posttrain.methods.mla_upcycling.shape import MlaShape, largest_rank, resolve_shape
+from posttrain.methods.mla_upcycling.shape import MlaShape, resolve_shape
+from posttrain.methods.mla_upcycling.source import SourceLayer
 from posttrain.models.architecture import normalise
 
 
@@ -50,10 +52,11 @@ def build_plan(
             fix="give a calibration input, e.g. inputs.calibration=data.train, or objective=weight",
         )
     blocks = attention_layers(model)
+    frequencies = source_frequencies(model) if cfg.freqfold == "search" else None
 
     def decompose(index: int) -> _Parts:
-        second, mean = (None, None) if objective == "weight" else (stats.second[index], stats.mean[index])
-        return _decompose(SourceLayer.read(blocks[index], second, mean), shape, cfg, objective)
+        moments = () if objective == "weight" else stats.of_layer(index)
+        return _decompose(SourceLayer.read(blocks[index], *moments), shape, cfg, objective, frequencies)
 
     layers = []
     for index, rank in enumerate(_ranks(cfg, shape, decompose)):
@@ -68,34 +71,20 @@ def build_plan(
     return MlaPlan(shape, tuple(layers), provenance)
 
 
-@dataclass(frozen=True)
-class SourceLayer:
-    """One source attention block in float64, with the moments of its input (None, None: white)."""
+def source_frequencies(model: nn.Module) -> Tensor:
+    """Rotary frequencies [d_h/2] of a source model, float64, from its config alone."""
+    from posttrain.models.upcycled.configuration_upcycled import UpcycledConfig
+    from posttrain.models.upcycled.rotary_upcycled import UpcycledRotaryEmbedding
 
-    query: tuple[Tensor, Tensor]
-    keys_values: tuple[Tensor, Tensor]
-    output: Tensor
-    second: Tensor | None
-    mean: Tensor | None
-
-    @classmethod
-    def read(cls, attention: nn.Module, second: Tensor | None = None, mean: Tensor | None = None) -> SourceLayer:
-        query, key, value = (_affine(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj"))
-        stacked = (torch.cat([key[0], value[0]]), torch.cat([key[1], value[1]]))
-        device = key[0].device
-        moments = [moment if moment is None else moment.to(device) for moment in (second, mean)]
-        return cls(query, stacked, attention.o_proj.weight.detach().double(), *moments)
-
-
-def _affine(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    weight = linear.weight.detach().double()
-    bias = weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias.detach().double()
-    return weight, bias
+    return UpcycledRotaryEmbedding(UpcycledConfig.from_source(model.config)).inv_freq.double()
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """One layer before its rank is known; `maps` are the rotary ones, `key_mean` what the latent leaves out."""
+    """One layer before its rank is known; `maps` are the rotary ones, `key_mean` what the latent leaves out.
+
+    `query` is the low-rank query, `found` what else belongs into the summary.
+    """
 
     maps: tuple[Tensor, Tensor]
     moment: Tensor
@@ -108,13 +97,25 @@ class _Parts:
     key_mean: Tensor
     carried: float
     dropped: float
+    query: latent.LowRank | None
+    found: dict[str, Any]
 
 
-def _decompose(source: SourceLayer, shape: MlaShape, cfg: MlaUpcycleConfig, objective: str) -> _Parts:
-    """Everything of a layer that does not depend on its rank."""
+def _decompose(
+    source: SourceLayer, shape: MlaShape, cfg: MlaUpcycleConfig, objective: str, frequencies: Tensor | None = None
+) -> _Parts:
+    """Everything of a layer that does not depend on its rank; `frequencies` are wanted by freqfold=search."""
     width = shape.kv_heads * shape.head_dim  # G·d_h
     moment, mean = latent.output_moment(*source.keys_values, source.second, source.mean)
-    rotary_key, rotary_query = _rotary_maps(moment[:width, :width], shape, cfg)
+    found: dict[str, Any] = {}
+    if frequencies is not None:
+        met = source.group_query_moments(shape.heads, shape.kv_heads)
+        turning = frequencies.to(moment.device)
+        fold, errors = freqfold.best_fold(moment[:width, :width], met, turning, shape.qk_rope_head_dim)
+        found = {"freqfold": fold, "score_errors": {str(one): error for one, error in errors.items()}}
+    rotary_key, rotary_query = _rotary_maps(moment[:width, :width], shape, cfg, found.get("freqfold"))
+    narrow, summary = _query(source, shape, objective, moment[:width, :width])
+    found |= summary
     carry = rotary.carried_rows(rotary_query) @ rotary_key  # [G·d_h, G·d_h]
     carried, dropped = _key_energies(moment[:width, :width], carry, shape, cfg.residual_kept)
 
@@ -138,19 +139,40 @@ def _decompose(source: SourceLayer, shape: MlaShape, cfg: MlaUpcycleConfig, obje
     key_rows = selected if published else torch.arange(keys, device=moment.device)
     centre = mean[:width] * centred
     metric = (moment, weighting, unweighting)
-    return _Parts((rotary_key, rotary_query), *metric, alpha, position_free, keys, key_rows, centre, carried, dropped)
+    kept = (alpha, position_free, keys, key_rows, centre, carried, dropped)
+    return _Parts((rotary_key, rotary_query), *metric, *kept, narrow, found)
+
+
+def _query(
+    source: SourceLayer, shape: MlaShape, objective: str, key_moment: Tensor
+) -> tuple[latent.LowRank | None, dict[str, Any]]:
+    """The low-rank query under the objective, and its line in the summary; None and nothing for a full one."""
+    if shape.q_lora_rank is None:
+        return None, {}
+    split = key_moment.unflatten(0, (shape.kv_heads, -1)).unflatten(2, (shape.kv_heads, -1))
+    keys = split.diagonal(dim1=0, dim2=2).permute(2, 0, 1) if objective == "attention" else None
+    found = query.low_rank_query(source, shape.heads, shape.q_lora_rank, keys)
+    return found, {"q_lora_rank": shape.q_lora_rank, "query_error": query.query_error(source, found)}
 
 
 def _finish(index: int, parts: _Parts, rank: int) -> LayerPlan:
     found = latent.low_rank(parts.moment, rank, parts.weighting, parts.unweighting)
     decode = torch.cat([found.decode[parts.key_rows], found.decode[parts.keys :]])
     losses = _losses(parts.moment, found, parts.key_rows, parts.keys, parts.carried, parts.dropped)
-    summary = {"layer": index, "kv_lora_rank": rank, "energy": found.energy, "alpha": parts.alpha, **losses}
+    summary = {
+        "layer": index,
+        "kv_lora_rank": rank,
+        "energy": found.energy,
+        "alpha": parts.alpha,
+        **losses,
+        **parts.found,
+    }
     encode = (found.encode @ parts.position_free).float()
     # From the rounded matrix and in float64: Qwen2's biases are large, and all but nothing must be left of them.
     offset = encode.double()[:, : parts.key_mean.numel()] @ parts.key_mean
     tensors = (*(matrix.float() for matrix in parts.maps), encode, decode.float(), offset)
-    return LayerPlan(*(tensor.cpu() for tensor in tensors), summary=summary)
+    narrow = () if parts.query is None else (parts.query.encode.float().cpu(), parts.query.decode.float().cpu())
+    return LayerPlan(*(tensor.cpu() for tensor in tensors), {**summary, **losses, **parts.found}, *narrow)
 
 
 def _ranks(cfg: MlaUpcycleConfig, shape: MlaShape, decompose: Callable[[int], _Parts]) -> list[int]:
@@ -162,7 +184,10 @@ def _ranks(cfg: MlaUpcycleConfig, shape: MlaShape, decompose: Callable[[int], _P
     largest = min(largest_rank(cfg, shape.head_dim, shape.kv_heads, shape.qk_rope_head_dim), len(spectra[0]))
     spectra = [spectrum[:largest] for spectrum in spectra]
     if cfg.energy is not None:
-        return [energy_rank(spectrum, cfg.energy, cfg.rank_multiple, cfg.energy_rule) for spectrum in spectra]
+        ranks = [energy_rank(spectrum, cfg.energy, cfg.rank_multiple, cfg.energy_rule) for spectrum in spectra]
+        if cfg.end_layer_rank is not None:
+            ranks[0] = ranks[-1] = cfg.end_layer_rank
+        return ranks
     total = shape.layers * shape.kv_lora_rank
     if cfg.bytes_per_token is not None:
         total = cfg.bytes_per_token // 2 - shape.layers * shape.qk_rope_head_dim
@@ -174,11 +199,15 @@ def _ranks(cfg: MlaUpcycleConfig, shape: MlaShape, decompose: Callable[[int], _P
         ) from error
 
 
-def _rotary_maps(moment: Tensor, shape: MlaShape, cfg: MlaUpcycleConfig) -> tuple[Tensor, Tensor]:
+def _rotary_maps(
+    moment: Tensor, shape: MlaShape, cfg: MlaUpcycleConfig, searched: int | None = None
+) -> tuple[Tensor, Tensor]:
     """`rotary_key` [d_r, G·d_h] and `rotary_query` [G, d_r, d_h] of the rotary plan, from the moment of the keys."""
+    if cfg.rotary_plan == "lossless":
+        return rotary.folded_maps(moment, shape.kv_heads, fold=1, kept=shape.kv_heads)
     if cfg.rotary_plan == "rorope":
         collapse = shape.head_dim // shape.qk_rope_head_dim
-        fold = cfg.freqfold or collapse
+        fold = searched or cfg.freqfold or collapse
         return rotary.folded_maps(moment, shape.kv_heads, fold, fold // collapse)
     rows = list(shape.rope_rows)
     weigh = rotary.principal_weights if cfg.key_kind == "principal" else rotary.mean_weights
@@ -189,7 +218,7 @@ def _rotary_maps(moment: Tensor, shape: MlaShape, cfg: MlaUpcycleConfig) -> tupl
 def _key_energies(moment: Tensor, carry: Tensor, shape: MlaShape, residual_kept: bool) -> tuple[float, float]:
     """Energy of the keys that stays rotated, and energy of rotary rows that no position-free key keeps."""
     carried = ((carry @ moment) * carry).sum().item()
-    if residual_kept:
+    if residual_kept or not shape.rope_rows:
         return carried, 0.0
     beside = torch.eye(carry.shape[0], dtype=carry.dtype, device=carry.device) - carry
     left = ((beside @ moment) * beside).sum(1).unflatten(0, (shape.kv_heads, shape.head_dim))
@@ -238,13 +267,9 @@ def _attention_metrics(source: SourceLayer, shape: MlaShape) -> tuple[Tensor, Te
     Returns:
         for keys sum_h E[q_h q_hᵀ] [G, d_n, d_n], for values sum_h W_o,hᵀ W_o,h [G, d_v, d_v], h over the group's heads.
     """
-    weight, bias = source.query
-    weight, bias = weight.view(shape.heads, shape.head_dim, -1), bias.view(shape.heads, shape.head_dim)
     nope, group = list(shape.nope_rows), shape.heads // shape.kv_heads
-    queries = [(weight[head, nope], bias[head, nope]) for head in range(shape.heads)]
-    moments = [latent.output_moment(*query, source.second, source.mean)[0] for query in queries]
     output = source.output.view(-1, shape.heads, shape.head_dim).transpose(0, 1)  # [H, D, d_h]
-    keys = torch.stack(moments).unflatten(0, (shape.kv_heads, group)).sum(1)
+    keys = source.group_query_moments(shape.heads, shape.kv_heads)[:, nope][:, :, nope]
     return keys, (output.mT @ output).unflatten(0, (shape.kv_heads, group)).sum(1)
 
 

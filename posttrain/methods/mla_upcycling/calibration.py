@@ -1,6 +1,7 @@
 """Streamed calibration statistics: the second moment of every attention block's input, never an activation.
 
-Keys, values and queries are linear in that input, so E[x xᵀ] and E[x] give every moment a plan needs.
+Keys, values and queries are linear in that input, so E[x xᵀ] and E[x] give every moment a plan needs. With QK-norm keys
+are not: there the moment of [x ; normalised keys] is summed, and that of the normalised queries (see `source.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from posttrain.methods.mla_upcycling.source import observe, observe_queries, observed_width
+
 
 @dataclass(frozen=True)
 class CalibrationStatistics:
-    """Per layer: `second` E[x xᵀ] [D, D] and `mean` E[x] [D], float64; over `tokens` tokens."""
+    """Per layer: `second` E[x xᵀ] [D, D] and `mean` E[x] [D], float64; over `tokens` tokens.
+
+    With QK-norm both are of [x ; normalised keys], width D + G·d_h, and `queries` holds per layer
+    Σ over the heads of a group of E[q̂ q̂ᵀ] [G, d_h, d_h] of the normalised queries; empty without.
+    """
 
     second: tuple[Tensor, ...]
     mean: tuple[Tensor, ...]
     tokens: int
+    queries: tuple[Tensor, ...] = ()
+
+    def of_layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`second`, `mean` and `queries` of one layer."""
+        return self.second[index], self.mean[index], self.queries[index] if self.queries else None
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
@@ -42,12 +54,13 @@ def collect_statistics(
     """
     device = next(model.parameters()).device
     blocks = attention_layers(model)
-    width = model.config.hidden_size
+    widths = [observed_width(block, model.config.hidden_size) for block in blocks]
     # float64 sums: float32 would lose the small directions that decide where the spectrum is cut.
-    second = [torch.zeros(width, width, dtype=torch.float64, device=device) for _ in blocks]
-    total = [torch.zeros(width, dtype=torch.float64, device=device) for _ in blocks]
+    second = [torch.zeros(width, width, dtype=torch.float64, device=device) for width in widths]
+    total = [torch.zeros(width, dtype=torch.float64, device=device) for width in widths]
+    queries: dict[int, Tensor] = {}
     tokens = 0
-    with torch.no_grad(), _evaluating(model), _inputs_summed(blocks, second, total):
+    with torch.no_grad(), _evaluating(model), _inputs_summed(blocks, second, total, queries):
         for done, batch in enumerate(batches, start=1):
             model.model(input_ids=batch.to(device), use_cache=False)
             tokens += batch.numel()
@@ -58,7 +71,8 @@ def collect_statistics(
     if not all(bool(torch.isfinite(matrix).all()) for matrix in second):
         raise ValueError("calibration met activations that are not finite: the source model or its dtype is broken")
     moments = tuple(matrix / tokens for matrix in second)
-    return CalibrationStatistics(moments, tuple(vector / tokens for vector in total), tokens)
+    means = tuple(vector / tokens for vector in total)
+    return CalibrationStatistics(moments, means, tokens, tuple(queries[layer] / tokens for layer in sorted(queries)))
 
 
 @contextmanager
@@ -72,10 +86,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _inputs_summed(blocks: list[nn.Module], second: list[Tensor], total: list[Tensor]) -> Iterator[None]:
+def _inputs_summed(
+    blocks: list[nn.Module], second: list[Tensor], total: list[Tensor], queries: dict[int, Tensor]
+) -> Iterator[None]:
     def add(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            flat = args[0].detach().flatten(0, -2).float()  # [tokens, D]
+            inputs = args[0].detach().flatten(0, -2).float()  # [tokens, D]
+            flat, met = observe(blocks[index], inputs), observe_queries(blocks[index], inputs)
+            if met is not None:
+                queries[index] = queries.get(index, 0) + met.double()
             second[index] += (flat.T @ flat).double()
             total[index] += flat.sum(0, dtype=torch.float64)
 

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.methods.mla_upcycling.presets import BUDGETS, fill
 from posttrain.pipeline.stage import StageConfig
+
+RotaryPlan = Literal["paired", "rorope", "xeco", "lossless"]
+Preset = Literal["x_ecomla_paper", "x_ecomla_released", "transmla"]
+
+_FIXED: dict[str, dict[str, Any]] = {
+    "paired": {},
+    "rorope": {"rotary_pairs": "uniform", "shared_key": "principal", "keep_residual": True},
+    "xeco": {
+        "rotary_pairs": "uniform",
+        "shared_key": "mean",
+        "keep_residual": False,
+        "objective": "weight",
+        "latent_plan": "svd",
+    },
+    "lossless": {"shared_key": "principal", "keep_residual": False},
+}
+"""What follows from a rotary plan and cannot be set beside it."""
+_HOW_ONLY = ("type", "inputs", "plan")
 
 
 class MlaUpcycleConfig(StageConfig):
-    """How attention is turned into latent attention. Give exactly one of `kv_lora_rank` and `kv_ratio`."""
+    """How attention is turned into latent attention. Give exactly one of `kv_lora_rank` and `kv_ratio`.
+
+    Nothing of the kind is given where a saved plan is replayed (`plan`, or the input `conversion`), and the budget may
+    be left out with `rotary_plan=lossless`.
+    """
 
     type: Literal["mla_upcycle"] = "mla_upcycle"
+    preset: Preset | None = Field(
+        default=None,
+        description="Settings of a publication, for those not given here. x_ecomla_paper: xeco, energy 0.95 unless "
+        "another budget is given. x_ecomla_released: the same as its code does it (one short, multiples of 8, YaRN). "
+        "transmla: rorope, freqfold=search, bkv, activations of 128 x 256 tokens.",
+    )
+    plan: str | None = Field(
+        default=None,
+        description="Folder of a saved conversion (`conversion` of another run) whose plan is carried out again, "
+        "instead of making one. The input `conversion` does the same within a recipe. Excludes every other setting.",
+    )
     kv_lora_rank: int | None = Field(
         default=None,
         gt=0,
@@ -50,19 +84,22 @@ class MlaUpcycleConfig(StageConfig):
     qk_rope_head_dim: int | None = Field(
         default=None,
         gt=0,
-        description="Width d_r of the shared rotary key, even, at most head_dim. null: half of head_dim.",
+        description="Width d_r of the shared rotary key, even, at most head_dim. null: half of head_dim; lossless: "
+        "KV heads · head_dim, the only possible.",
     )
-    rotary_plan: Literal["paired", "rorope", "xeco"] = Field(
+    rotary_plan: RotaryPlan = Field(
         default="paired",
         description="paired: keep whole rotary pairs at the source's own frequencies. xeco: the published X-EcoMLA "
         "initialisation (last d_r rows of each head, mean key, unweighted SVD). rorope: TransMLA's, leading directions "
-        "across KV heads and `freqfold` adjacent pairs. The last two fix the three settings after freqfold.",
+        "across KV heads and `freqfold` adjacent pairs. lossless: every component stays rotary (d_r = KV heads · "
+        "head_dim), the latent holds values only; exact without a budget, and no smaller. The last three fix the three "
+        "settings after freqfold.",
     )
-    freqfold: int | None = Field(
+    freqfold: Annotated[int, Field(gt=0)] | Literal["search"] | None = Field(
         default=None,
-        gt=0,
         description="rorope: how many adjacent rotary pairs share one decomposition, a multiple of head_dim/d_r that "
-        "divides head_dim/2. More gathers more energy but mixes frequencies. null: head_dim/d_r, the smallest.",
+        "divides head_dim/2. More gathers more energy but mixes frequencies. search: per layer the one of head_dim/d_r "
+        "times 1, 2, 4, … with the smallest error of attention scores. null: head_dim/d_r, the smallest.",
     )
     rotary_pairs: Literal["fastest", "uniform"] | None = Field(
         default=None,
@@ -92,50 +129,103 @@ class MlaUpcycleConfig(StageConfig):
         "the same, weighted by the queries and the output projection. weight: the weights, no data needed. null: "
         "activation with a calibration input, weight without; always weight for xeco.",
     )
+    rotary_scaling: Literal["source", "yarn"] = Field(
+        default="source",
+        description="source: the rotary key turns with frequencies of the source, scaled as there (llama3 too). "
+        "yarn: xeco only; a scaling of the source is replaced by YaRN, as in the released code, which also multiplies "
+        "rotary scores by (0.1 ln factor + 1)².",
+    )
+    yarn_factor: float | None = Field(
+        default=None, gt=1, description="rotary_scaling=yarn: its factor. null: the factor of the source's scaling."
+    )
+    yarn_original_max_position_embeddings: int | None = Field(
+        default=None,
+        gt=0,
+        description="rotary_scaling=yarn: context before the scaling. 4096: standalone X-EcoMLA. null: the source's.",
+    )
+    q_lora_rank: int | None = Field(
+        default=None,
+        gt=0,
+        description="Rank of the query projection: its leading directions under the objective (xeco: SVD of the "
+        "weights). Saves parameters, never cache. null: the full projection.",
+    )
+    end_layer_rank: int | None = Field(
+        default=None,
+        gt=0,
+        description="energy: rank of the first and the last layer whatever their spectra, as X-EcoMLA's code pins them "
+        "(use_fixed_rank_for_first_and_last_block). null: as the others.",
+    )
     calibration_tokens: int = Field(
         default=32_768, gt=0, description="Tokens of calibration text, if that much is there."
     )
     calibration_sequence_length: int = Field(default=256, gt=1, description="Tokens per calibration sequence.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        return fill(data)
+
     @model_validator(mode="after")
     def _one_budget(self) -> MlaUpcycleConfig:
-        others = [name for name in ("kv_lora_rank", "kv_ratio", "bytes_per_token", "energy") if getattr(self, name)]
+        others = [name for name in BUDGETS if getattr(self, name)]
+        if self.replays:
+            return self
         if len(others) > 1 and others != ["kv_lora_rank", "kv_ratio"]:
             raise ValueError(f"give exactly one of {', '.join(others)}; set the others to null, e.g. {others[0]}=null")
         if self.energy is not None and self.rank_allocation is not None:
             raise ValueError("energy decides every layer's rank by itself: leave rank_allocation null")
+        if self.energy is None and self.end_layer_rank is not None:
+            raise ValueError("end_layer_rank belongs to energy, where ranks follow from the spectra: leave it null")
         if self.kv_lora_rank is not None and self.kv_ratio is not None:
             raise ValueError(
                 "give exactly one of kv_lora_rank and kv_ratio; set the other to null, e.g. "
                 f"kv_ratio=null kv_lora_rank={self.kv_lora_rank}"
             )
-        if not others:
+        if not others and self.rotary_plan != "lossless":
             raise ValueError(
                 "give one of kv_lora_rank and kv_ratio, or of bytes_per_token and energy, e.g. kv_ratio=0.25"
             )
         return self
 
     @model_validator(mode="after")
-    def _xeco_is_fixed(self) -> MlaUpcycleConfig:
-        if self.rotary_plan == "xeco":
-            fixed = {"rotary_pairs": "uniform", "shared_key": "mean", "keep_residual": False, "objective": "weight"}
-            fixed["latent_plan"] = "svd"
-            wrong = [name for name, value in fixed.items() if getattr(self, name) not in (None, value)]
-            if wrong:
-                names = ", ".join(wrong)
-                raise ValueError(f"rotary_plan=xeco fixes {names}: leave them null, or use rotary_plan=paired")
+    def _a_replayed_plan_decides(self) -> MlaUpcycleConfig:
+        if not self.replays:
+            return self
+        if self.plan is not None and "conversion" in self.inputs:
+            raise ValueError("give plan or inputs.conversion, not both")
+        fields = type(self).model_fields.items()
+        given = [name for name, info in fields if name not in _HOW_ONLY and getattr(self, name) != info.default]
+        if given:
+            nulls = " ".join(f"{name}=null" for name in given if type(self).model_fields[name].default is None)
+            raise ValueError(
+                f"a replayed plan decides everything: leave out {', '.join(given)}" + (f", e.g. {nulls}" * bool(nulls))
+            )
         return self
 
     @model_validator(mode="after")
-    def _rorope_is_fixed(self) -> MlaUpcycleConfig:
-        if self.rotary_plan != "rorope":
-            if self.freqfold is not None:
-                raise ValueError("freqfold belongs to rotary_plan=rorope: leave it null, or use that plan")
-            return self
-        fixed = {"rotary_pairs": "uniform", "shared_key": "principal", "keep_residual": True}
-        wrong = [name for name, value in fixed.items() if getattr(self, name) not in (None, value)]
+    def _rotary_plan_is_fixed(self) -> MlaUpcycleConfig:
+        plan = self.rotary_plan
+        wrong = [name for name, value in _FIXED[plan].items() if getattr(self, name) not in (None, value)]
+        if plan == "lossless" and self.rotary_pairs is not None:
+            wrong.insert(0, "rotary_pairs")
         if wrong:
-            raise ValueError(f"rotary_plan=rorope fixes {', '.join(wrong)}: leave them null, or use rotary_plan=paired")
+            raise ValueError(f"rotary_plan={plan} fixes {', '.join(wrong)}: leave them null, or use rotary_plan=paired")
+        if plan != "rorope" and self.freqfold is not None:
+            raise ValueError("freqfold belongs to rotary_plan=rorope: leave it null, or use that plan")
+        return self
+
+    @model_validator(mode="after")
+    def _yarn_is_published_for_xeco(self) -> MlaUpcycleConfig:
+        if self.rotary_scaling == "yarn" and self.rotary_plan != "xeco":
+            raise ValueError(
+                f"rotary_scaling=yarn belongs to rotary_plan=xeco: {self.rotary_plan} turns with the source's own "
+                "frequencies; leave it out"
+            )
+        given = [
+            name for name in ("yarn_factor", "yarn_original_max_position_embeddings") if getattr(self, name) is not None
+        ]
+        if given and self.rotary_scaling != "yarn":
+            raise ValueError(f"{given[0]} belongs to rotary_scaling=yarn: leave it null")
         return self
 
     @model_validator(mode="after")
@@ -147,6 +237,11 @@ class MlaUpcycleConfig(StageConfig):
         if self.latent_kind != "bkv" and self.balance_ratio != 1:
             raise ValueError(f"balance_ratio belongs to latent_plan=bkv, not {self.latent_kind}: leave it out")
         return self
+
+    @property
+    def replays(self) -> bool:
+        """Whether a saved plan is carried out again."""
+        return self.plan is not None or "conversion" in self.inputs
 
     @property
     def allocation(self) -> Literal["uniform", "water_fill"]:
@@ -161,7 +256,7 @@ class MlaUpcycleConfig(StageConfig):
     @property
     def pairs(self) -> Literal["fastest", "uniform"]:
         """`rotary_pairs` with null resolved."""
-        return self.rotary_pairs or ("uniform" if self.rotary_plan == "xeco" else "fastest")
+        return self.rotary_pairs or ("fastest" if self.rotary_plan == "paired" else "uniform")
 
     @property
     def key_kind(self) -> Literal["principal", "mean"]:
@@ -171,7 +266,7 @@ class MlaUpcycleConfig(StageConfig):
     @property
     def residual_kept(self) -> bool:
         """`keep_residual` with null resolved."""
-        return self.keep_residual if self.keep_residual is not None else self.rotary_plan != "xeco"
+        return self.keep_residual if self.keep_residual is not None else self.rotary_plan in ("paired", "rorope")
 
     def objective_for(self, calibrated: bool) -> Literal["activation", "attention", "weight"]:
         """`objective` with null resolved, given whether calibration statistics are there."""

@@ -14,6 +14,7 @@ from posttrain.methods.mla_upcycling.shape import MlaShape
 
 FORMAT = 2
 TENSORS = ("rotary_key", "rotary_query", "encode", "decode", "latent_offset")
+OPTIONAL = ("query_encode", "query_decode")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class LayerPlan:
         encode: [r, 2·G·d_h], latent from un-repeated pre-RoPE [keys ; values].
         decode: [G·(d_n + d_v), r], position-free keys then values from the latent; rows by part, head, row.
         latent_offset: [r], latent of the mean position-free key, subtracted from the latent; zero without biases.
+            All of keys are normalised ones where the source has QK-norm.
         summary: numbers for the report, JSON-able.
+        query_encode, query_decode: [r_q, H·d_h] and [H·d_h, r_q], the low-rank query from source queries without bias
+            and back; None for a full query.
     """
 
     rotary_key: Tensor
@@ -35,10 +39,17 @@ class LayerPlan:
     decode: Tensor
     latent_offset: Tensor
     summary: dict[str, Any]
+    query_encode: Tensor | None = None
+    query_decode: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.encode.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrices that this layer has, by name."""
+        found = {name: getattr(self, name) for name in (*TENSORS, *OPTIONAL)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -73,18 +84,17 @@ class MlaPlan:
             return [*lines, f"layers: {len(self.layers)} → {len(other.layers)}"]
         for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
             lines += _changes(mine.summary, theirs.summary, f"layers.{index}.")
-            lines += [
-                f"layers.{index}.{name}: {change}" for name in TENSORS if (change := _distance(mine, theirs, name))
-            ]
+            names = [name for name in (*TENSORS, *OPTIONAL) if name in mine.tensors() | theirs.tensors()]
+            lines += [f"layers.{index}.{name}: {change}" for name in names if (change := _distance(mine, theirs, name))]
         return lines
 
     def save(self, folder: Path) -> None:
         """Write `conversion.json` and `plan.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"layers.{index}.{name}": getattr(layer, name).contiguous().cpu()
+            f"layers.{index}.{name}": tensor.contiguous().cpu()
             for index, layer in enumerate(self.layers)
-            for name in TENSORS
+            for name, tensor in layer.tensors().items()
         }
         save_file(tensors, folder / "plan.safetensors")
         (folder / "conversion.json").write_text(json.dumps(self.report(), indent=2) + "\n", encoding="utf-8")
@@ -99,15 +109,18 @@ class MlaPlan:
         report = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
         if report.pop("format", None) != FORMAT:
             raise ValueError(f"{folder}: not a conversion plan of format {FORMAT}")
-        shape = report.pop("shape")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}
+        shape = MlaShape.from_json(report.pop("shape"))
         tensors, summaries = load_file(folder / "plan.safetensors"), report.pop("layers")
         report.pop("kv_ratio")
         layers = tuple(
-            LayerPlan(**{name: tensors[f"layers.{index}.{name}"] for name in TENSORS}, summary=summary)
+            LayerPlan(
+                **{name: tensors[f"layers.{index}.{name}"] for name in TENSORS},
+                **{name: tensors.get(f"layers.{index}.{name}") for name in OPTIONAL},
+                summary=summary,
+            )
             for index, summary in enumerate(summaries)
         )
-        return cls(MlaShape(**fields), layers, report)
+        return cls(shape, layers, report)
 
 
 def _changes(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
@@ -122,7 +135,10 @@ def _changes(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> 
 
 
 def _distance(mine: LayerPlan, theirs: LayerPlan, name: str) -> str | None:
-    one, two = getattr(mine, name).double(), getattr(theirs, name).double()
+    one, two = getattr(mine, name), getattr(theirs, name)
+    if one is None or two is None:
+        return "only in the second" if one is None else "only in the first"
+    one, two = one.double(), two.double()
     if one.shape != two.shape:
         return f"shape {list(one.shape)} → {list(two.shape)}"
     if one.equal(two):

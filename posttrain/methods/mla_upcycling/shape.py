@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.errors import RecipeError
+from posttrain.methods.mla_upcycling.budget import rank_of_budget
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
+from posttrain.models.architecture import normalise
 
-FAMILIES = ("llama", "mistral", "qwen2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,16 @@ class MlaShape:
 
     Attributes:
         rope_rows: rows of a source head that become rotary, d_r of them, half-split: row i pairs with row i + d_r/2.
-            Empty for rorope, where every row takes part.
+            Empty for rorope and lossless, where every row takes part.
         nope_rows: rows of a source head that stay position-free, d_n of them.
-        rope_frequency_indices: the source frequency of every rotary pair, d_r/2 indices into the source's d_h/2.
+        rope_frequency_indices: the source frequency of every rotary pair, d_r/2 indices into the source's d_h/2;
+            lossless: each G times. Without a meaning where `latent_rope_parameters` are given.
         kv_lora_rank: r of every layer. Where ranks differ between layers they follow from the spectra, and this is the
             uniform rank of the same budget (bytes_per_token), or the largest possible (energy).
         ratio: (r + d_r) / (2·G·d_h), after rounding.
+        qk_norm: keys are normalised before they are compressed, queries before they are mapped (Qwen3).
+        q_lora_rank: rank of the query projection, None for a full one.
+        latent_rope_parameters: rotary settings of the converted layers alone (YaRN), None: the source's frequencies.
     """
 
     heads: int
@@ -43,6 +49,14 @@ class MlaShape:
     nope_rows: tuple[int, ...]
     rope_frequency_indices: tuple[int, ...]
     latent_bias: bool
+    qk_norm: bool = False
+    q_lora_rank: int | None = None
+    latent_rope_parameters: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MlaShape:
+        """The shape in a `conversion.json`."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
     @property
     def source_elements(self) -> int:
@@ -68,19 +82,32 @@ def check_family(architecture: Mapping[str, Any]) -> None:
             where="inputs.model",
             fix="start from the source: inputs.model=model",
         )
-    if architecture.get("qk_norm"):
-        raise RecipeError(
-            f"{family} normalises queries and keys per head (QK-norm): a latent cannot be absorbed through that norm, "
-            "and ignoring it destroys the model",
-            where="inputs.model",
-            fix=f"use a model of a supported family: {', '.join(FAMILIES)}",
-        )
     if family not in FAMILIES:
         raise RecipeError(
             f"mla_upcycle cannot convert model_type {family}",
             where="inputs.model",
             fix=f"use a model of a supported family: {', '.join(FAMILIES)}",
         )
+
+
+def misfits(shape: MlaShape, architecture: Mapping[str, Any]) -> list[str]:
+    """Why a plan of that shape cannot be carried out on a model of that architecture; empty where it can."""
+    wanted = {
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.layers,
+        "qk_norm": shape.qk_norm,
+    }
+    found = [
+        f"{name} is {architecture[name]}, the plan has {value}"
+        for name, value in wanted.items()
+        if architecture[name] != value
+    ]
+    if architecture["attention_bias"] and not shape.latent_bias:
+        found.append("keys and values have biases, the plan has none")
+    return found
 
 
 def frequency_indices(head_dim: int, rope_dim: int, choice: str) -> tuple[int, ...]:
@@ -99,12 +126,68 @@ def resolve_shape(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> Mla
     """Dimensions of the converted model, from normalised `config.json` fields.
 
     Raises:
-        RecipeError: unsupported family, odd or too wide rotary key, or a rank that is not possible.
+        RecipeError: unsupported architecture, odd or too wide rotary key, or a rank that is not possible.
     """
+    architecture = normalise(architecture)
     check_family(architecture)
     head_dim, kv_heads = architecture["head_dim"], architecture["num_key_value_heads"]
-    rope_dim = _rope_dim(head_dim, cfg)
-    indices = frequency_indices(head_dim, rope_dim, "uniform" if cfg.rotary_plan == "rorope" else cfg.pairs)
+    rope_dim = _rope_dim(head_dim, kv_heads, cfg)
+    indices, rope_rows, nope_rows = _rows(head_dim, kv_heads, rope_dim, cfg)
+    biased = bool(architecture.get("attention_bias"))
+    # Normalised keys have a mean even without biases; a bias leaves it out of the latent.
+    centred = architecture["qk_norm"] and bool(nope_rows) and cfg.rotary_plan != "xeco"
+    return MlaShape(
+        heads=architecture["num_attention_heads"],
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=architecture["hidden_size"],
+        layers=architecture["num_hidden_layers"],
+        kv_lora_rank=rank_of_budget(cfg, head_dim, kv_heads, rope_dim, architecture["num_hidden_layers"]),
+        qk_nope_head_dim=len(nope_rows),
+        qk_rope_head_dim=rope_dim,
+        v_head_dim=head_dim,
+        rope_rows=rope_rows,
+        nope_rows=nope_rows,
+        rope_frequency_indices=indices,
+        latent_bias=biased or centred,
+        qk_norm=architecture["qk_norm"],
+        q_lora_rank=_query_rank(architecture, cfg),
+        latent_rope_parameters=own_rope(architecture["rope_parameters"], cfg),
+    )
+
+
+def own_rope(rope: Mapping[str, Any], cfg: MlaUpcycleConfig) -> dict[str, Any] | None:
+    """Rotary settings of latent layers under `rotary_scaling`; None: the source's frequencies.
+
+    YaRN replaces a scaling, as in X-EcoMLA's code; a source without one keeps its plain frequencies unless
+    `yarn_factor` asks for more. mscale 1 and mscale_all_dim 0 there: cos and sin times 0.1 ln(factor) + 1, which is
+    what transformers does where neither is given.
+
+    Raises:
+        RecipeError: the source says nothing of its original context, or its scaling has no factor.
+    """
+    factor = cfg.yarn_factor or rope.get("factor")
+    if cfg.rotary_scaling == "source" or (rope["rope_type"] == "default" and cfg.yarn_factor is None):
+        return None
+    original = cfg.yarn_original_max_position_embeddings or rope.get("original_max_position_embeddings")
+    for name, value in (("yarn_factor", factor), ("yarn_original_max_position_embeddings", original)):
+        if value is None:
+            raise RecipeError(
+                f"rotary_scaling=yarn needs {name}: the source's rotary settings do not say it",
+                where=name,
+                fix="e.g. yarn_factor=32 yarn_original_max_position_embeddings=8192, or rotary_scaling=source",
+            )
+    own = {"rope_type": "yarn", "rope_theta": rope["rope_theta"], "factor": float(factor)}
+    return {**own, "original_max_position_embeddings": original, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def _rows(
+    head_dim: int, kv_heads: int, rope_dim: int, cfg: MlaUpcycleConfig
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Frequency indices, rotary rows and position-free rows."""
+    if cfg.rotary_plan == "lossless":
+        return tuple(pair for pair in range(head_dim // 2) for _ in range(kv_heads)), (), ()
+    indices = frequency_indices(head_dim, rope_dim, cfg.pairs)
     if cfg.rotary_plan == "xeco":
         # The published module rotates neighbouring rows of the last d_r with each other; half-split order keeps that.
         last = range(head_dim - rope_dim, head_dim)
@@ -114,32 +197,30 @@ def resolve_shape(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> Mla
     else:
         rope_rows = (*indices, *(index + head_dim // 2 for index in indices))
     rotary = set(rope_rows)
-    nope_rows = tuple(row for row in range(head_dim) if cfg.residual_kept or row not in rotary)
-    return MlaShape(
-        heads=architecture["num_attention_heads"],
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_size=architecture["hidden_size"],
-        layers=architecture["num_hidden_layers"],
-        kv_lora_rank=_rank(cfg, head_dim, kv_heads, rope_dim, architecture["num_hidden_layers"]),
-        qk_nope_head_dim=len(nope_rows),
-        qk_rope_head_dim=rope_dim,
-        v_head_dim=head_dim,
-        rope_rows=rope_rows,
-        nope_rows=nope_rows,
-        rope_frequency_indices=indices,
-        latent_bias=bool(architecture.get("attention_bias")),
-    )
+    return indices, rope_rows, tuple(row for row in range(head_dim) if cfg.residual_kept or row not in rotary)
 
 
-def largest_rank(cfg: MlaUpcycleConfig, head_dim: int, kv_heads: int, rope_dim: int) -> int:
-    """Width of what the latent has to hold: position-free keys and values, un-repeated."""
-    if cfg.rotary_plan == "xeco":
-        return 2 * kv_heads * head_dim
-    return 2 * kv_heads * head_dim - (rope_dim if cfg.residual_kept else kv_heads * rope_dim)
+def _query_rank(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> int | None:
+    largest = min(architecture["hidden_size"], architecture["num_attention_heads"] * architecture["head_dim"])
+    if cfg.q_lora_rank is not None and cfg.q_lora_rank > largest:
+        raise RecipeError(
+            f"q_lora_rank {cfg.q_lora_rank} is larger than possible: queries have at most {largest} dimensions",
+            where="q_lora_rank",
+            fix=f"q_lora_rank={largest} or less, or null for the full projection",
+        )
+    return cfg.q_lora_rank
 
 
-def _rope_dim(head_dim: int, cfg: MlaUpcycleConfig) -> int:
+def _rope_dim(head_dim: int, kv_heads: int, cfg: MlaUpcycleConfig) -> int:
+    if cfg.rotary_plan == "lossless":
+        if cfg.qk_rope_head_dim not in (None, kv_heads * head_dim):
+            raise RecipeError(
+                f"rotary_plan=lossless keeps every key rotary: qk_rope_head_dim is {kv_heads * head_dim}, not "
+                f"{cfg.qk_rope_head_dim}",
+                where="qk_rope_head_dim",
+                fix="qk_rope_head_dim=null, or another rotary_plan",
+            )
+        return kv_heads * head_dim
     rope_dim = cfg.qk_rope_head_dim if cfg.qk_rope_head_dim is not None else 2 * (head_dim // 4)
     where = "qk_rope_head_dim"
     if rope_dim % 2 or rope_dim > head_dim:
@@ -156,7 +237,7 @@ def _rope_dim(head_dim: int, cfg: MlaUpcycleConfig) -> int:
             fix=f"e.g. qk_rope_head_dim={head_dim // 2}",
         )
     collapse = head_dim // rope_dim
-    if cfg.freqfold is not None and (cfg.freqfold % collapse or head_dim // 2 % cfg.freqfold):
+    if isinstance(cfg.freqfold, int) and (cfg.freqfold % collapse or head_dim // 2 % cfg.freqfold):
         raise RecipeError(
             f"freqfold {cfg.freqfold} must be a multiple of head_dim/d_r = {collapse} and divide head_dim/2 = "
             f"{head_dim // 2}",
@@ -164,43 +245,3 @@ def _rope_dim(head_dim: int, cfg: MlaUpcycleConfig) -> int:
             fix=f"e.g. freqfold={collapse}, or null",
         )
     return rope_dim
-
-
-def _rank(cfg: MlaUpcycleConfig, head_dim: int, kv_heads: int, rope_dim: int, layers: int) -> int:
-    source, largest = 2 * kv_heads * head_dim, largest_rank(cfg, head_dim, kv_heads, rope_dim)
-    if cfg.energy is not None:
-        return largest
-    if cfg.bytes_per_token is not None:
-        rank, where = (
-            (cfg.bytes_per_token // 2 // layers - rope_dim) // cfg.rank_multiple * cfg.rank_multiple,
-            "bytes_per_token",
-        )
-        if rank <= 0:
-            raise RecipeError(
-                f"bytes_per_token {cfg.bytes_per_token} leaves no room for a latent in {layers} layers",
-                where=where,
-                fix=f"bytes_per_token={2 * layers * (rope_dim + cfg.rank_multiple)} or more",
-            )
-        rank = min(rank, largest)
-    elif cfg.kv_lora_rank is not None:
-        rank, where = cfg.kv_lora_rank, "kv_lora_rank"
-    else:
-        where = "kv_ratio"
-        # (64/384) · 384 must not lose a multiple to the last digit of a float.
-        wanted = int(cfg.kv_ratio * source - rope_dim + 1e-6)
-        rank = wanted // cfg.rank_multiple * cfg.rank_multiple
-        if rank <= 0:
-            smallest = (cfg.rank_multiple + rope_dim) / source
-            raise RecipeError(
-                f"kv_ratio {cfg.kv_ratio} leaves no room for a latent: the source caches {source} elements, the "
-                f"rotary key takes {rope_dim}, and the rank is a multiple of {cfg.rank_multiple}",
-                where=where,
-                fix=f"kv_ratio={smallest:.4f} or more, or a smaller qk_rope_head_dim",
-            )
-    if rank > largest:
-        raise RecipeError(
-            f"rank {rank} is larger than possible: keys and values without the rotary key have {largest} dimensions",
-            where=where,
-            fix=f"use at most kv_ratio=null kv_lora_rank={largest}",
-        )
-    return rank

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain.errors import RecipeError, StageError
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
+from posttrain.methods.mla_upcycling.notes import plan_notes
+from posttrain.methods.mla_upcycling.replay import conversion_meta, digests, read_conversion, replayed_shape
 from posttrain.methods.mla_upcycling.shape import MlaShape, resolve_shape
 from posttrain.models.architecture import cache_bytes_per_token, normalise, parameter_count
 from posttrain.pipeline.context import StageContext
@@ -34,43 +36,48 @@ class MlaUpcycle(Stage):
     version: ClassVar[str] = "2"
     Config = MlaUpcycleConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
-        "model": InputSpec("model", doc="the source: Llama, Mistral or Qwen2 shaped, MHA, GQA or MQA"),
+        "model": InputSpec("model", doc="the source: Llama, Mistral, Qwen2 or Qwen3 shaped, MHA, GQA or MQA"),
         "calibration": InputSpec("dataset", optional=True, doc="text whose keys and values the latent should preserve"),
+        "conversion": InputSpec("conversion", optional=True, doc="a plan to carry out again instead of making one"),
     }
     outputs: ClassVar[dict[str, str]] = {"model": "model", "conversion": "conversion"}
 
+    def external(self, cfg: MlaUpcycleConfig) -> dict[str, Any]:
+        """Content of the plan that is carried out again."""
+        return {} if cfg.plan is None else {"plan": digests(Path(cfg.plan))}
+
     def describe(self, cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         source = inputs["model"]
-        architecture = None
-        if source.architecture is not None:
-            architecture = upcycled_architecture(source.architecture, resolve_shape(source.architecture, cfg))
+        found = _shape(cfg, inputs)
+        architecture = None if found is None else upcycled_architecture(source.architecture or {}, *found)
         extra = {name: value for name, value in source.extra.items() if name in ("dtype", "label", "eos_token_id")}
         model = ArtifactMeta("model", architecture, source.tokenizer, source.chat_template, extra=extra)
-        return {"model": model, "conversion": ArtifactMeta("conversion")}
+        return {"model": model, "conversion": conversion_meta(*found) if found else ArtifactMeta("conversion")}
 
     def check(self, cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
-        objective = cfg.objective_for("calibration" in inputs)
+        objective = "weight" if cfg.replays else cfg.objective_for("calibration" in inputs)
         if objective != "weight" and "calibration" not in inputs:
             raise RecipeError(
                 f"objective={objective} needs calibration text",
                 where="objective",
                 fix="write inputs.calibration=data.train, or write objective=weight",
             )
-        if inputs["model"].architecture is not None:
-            resolve_shape(inputs["model"].architecture, cfg)
+        _shape(cfg, inputs)
 
     def estimate(self, cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         source = inputs["model"]
-        if source.architecture is None:
+        found = _shape(cfg, inputs)
+        if source.architecture is None or found is None:
             return Estimate()
-        shape = resolve_shape(source.architecture, cfg)
-        target = upcycled_architecture(source.architecture, shape)
+        shape, ranks = found
+        target = upcycled_architecture(source.architecture, shape, ranks)
         before, after = parameter_count(source.architecture), parameter_count(target)
-        calibrated = "calibration" in inputs and cfg.objective_for(True) != "weight"
+        calibrated = "calibration" in inputs and not cfg.replays and cfg.objective_for(True) != "weight"
         memory = {"source_weights": 4 * before, "converted_weights": 4 * after}
-        memory["decomposition"] = _decomposition_bytes(shape)
+        if not cfg.replays:
+            memory["decomposition"] = _decomposition_bytes(shape)
         if calibrated:
-            memory["statistics"] = 8 * shape.layers * shape.hidden_size * (shape.hidden_size + 1)
+            memory["statistics"] = _statistics_bytes(shape)
             memory["activations"] = _forward_bytes(source.architecture, cfg)
         return Estimate(
             parameters=after,
@@ -78,7 +85,7 @@ class MlaUpcycle(Stage):
             memory=memory,
             cache_bytes_per_token=cache_bytes_per_token(target),
             disk_bytes=after * ELEMENT_SIZE.get(str(source.extra.get("dtype")), 2) + _plan_bytes(shape),
-            notes=tuple(_notes(cfg, shape, before, after, "calibration" in inputs)),
+            notes=tuple(plan_notes(cfg, shape, source.architecture, (before, after), "calibration" in inputs, ranks)),
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
@@ -86,6 +93,7 @@ class MlaUpcycle(Stage):
 
         from posttrain.methods.mla_upcycling.build import build_plan
         from posttrain.methods.mla_upcycling.convert import apply_plan
+        from posttrain.methods.mla_upcycling.replay import replayed_plan
         from posttrain.models.loading import load_model, load_tokenizer, save_model
 
         source = ctx.inputs["model"].path
@@ -94,7 +102,7 @@ class MlaUpcycle(Stage):
         layers, batches = model.config.num_hidden_layers, 0 if blocks is None else len(blocks)
         units = _Units(ctx, batches + 2 * layers)
         statistics = None if blocks is None else _collect(model, blocks, units.since(0))
-        plan = build_plan(model, ctx.config, statistics, units.since(batches))
+        plan = replayed_plan(ctx) or build_plan(model, ctx.config, statistics, units.since(batches))
         converted = apply_plan(model, plan, units.since(batches + layers))
         del model, statistics
 
@@ -107,28 +115,45 @@ class MlaUpcycle(Stage):
         return {"model": target, "conversion": conversion}
 
     def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
-        if name != "model":
-            return predicted
+        if name == "conversion":
+            return conversion_meta(*read_conversion(path))
         from posttrain.models.inspect import model_meta
 
         meta = model_meta(path)
         return ArtifactMeta.from_json({**meta.to_json(), "extra": {**predicted.extra, **meta.extra}})
 
 
-def upcycled_architecture(source: Mapping[str, Any], shape: MlaShape) -> dict[str, Any]:
-    """The architecture dict of the converted model, before it exists."""
+def _shape(cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> tuple[MlaShape, list[int] | None] | None:
+    """Shape and, of a plan that exists, ranks by layer; None while the model or the plan is unknown.
+
+    Raises:
+        RecipeError: no such plan, or it does not fit the model.
+    """
+    architecture = inputs["model"].architecture
+    if architecture is None:
+        return None
+    if cfg.replays:
+        return replayed_shape(cfg, inputs.get("conversion"), architecture)
+    return resolve_shape(architecture, cfg), None
+
+
+def upcycled_architecture(source: Mapping[str, Any], shape: MlaShape, ranks: list[int] | None = None) -> dict[str, Any]:
+    """The architecture dict of the converted model, before it exists; `ranks` by layer where they are known."""
+    ranks = ranks or [shape.kv_lora_rank]
+    own_rope = shape.latent_rope_parameters
     return normalise(
         {
             **source,
             "model_type": "upcycled",
             "source_model_type": source["model_type"],
             "mixers": ["latent_attention"] * shape.layers,
-            "kv_lora_rank": shape.kv_lora_rank,
-            "q_lora_rank": None,
+            "kv_lora_rank": ranks[0] if len(set(ranks)) == 1 else ranks,
+            "q_lora_rank": shape.q_lora_rank,
             "qk_nope_head_dim": shape.qk_nope_head_dim,
             "qk_rope_head_dim": shape.qk_rope_head_dim,
             "v_head_dim": shape.v_head_dim,
-            "rope_frequency_indices": list(shape.rope_frequency_indices),
+            "rope_frequency_indices": None if own_rope else list(shape.rope_frequency_indices),
+            "latent_rope_parameters": own_rope,
             "query_pre_attn_scalar": shape.head_dim,
             "latent_bias": shape.latent_bias,
         }
@@ -154,7 +179,7 @@ class _Units:
 def _calibration_blocks(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor] | None:
     """Batches of token ids [B, T] from documents in an order drawn with the seed; None when no text is used."""
     cfg: MlaUpcycleConfig = ctx.config
-    if "calibration" not in ctx.inputs or cfg.objective_for(True) == "weight":
+    if "calibration" not in ctx.inputs or cfg.replays or cfg.objective_for(True) == "weight":
         return None
     from posttrain.data.reading import encode_documents, read_rows, token_blocks
 
@@ -215,30 +240,18 @@ def _record(ctx: StageContext, report: Mapping[str, Any]) -> None:
     )
 
 
-def _notes(cfg: MlaUpcycleConfig, shape: MlaShape, before: int, after: int, has_calibration: bool) -> list[str]:
-    asked = f" (asked: {cfg.kv_ratio:g})" if cfg.kv_ratio is not None else ""
-    notes = [
-        f"KV cache {shape.kv_lora_rank} + {shape.qk_rope_head_dim} of {shape.source_elements} elements per token and "
-        f"layer: ratio {shape.ratio:.4f}{asked}, {1 / shape.ratio:.2f}x smaller than the source",
-        f"parameters {after / before:.3f}x the source",
-    ]
-    if cfg.energy is not None:
-        notes.append("ranks follow from the spectra (energy): shown is the largest possible rank, an upper bound")
-    elif cfg.allocation == "water_fill":
-        notes.append("ranks differ between layers (water_fill): shown is the uniform rank of the same budget")
-    if shape.kv_lora_rank > shape.hidden_size:
-        notes.append(f"rank {shape.kv_lora_rank} is wider than the hidden state, {shape.hidden_size}: some is unused")
-    if has_calibration and cfg.objective_for(True) == "weight":
-        notes.append("the calibration input is not used: the plan follows from the weights")
-    if not has_calibration and cfg.rotary_plan != "xeco":
-        notes.append("no calibration input: the plan follows from the weights, which is worse on real text")
-    return notes
-
-
 def _decomposition_bytes(shape: MlaShape) -> int:
     """About ten float64 matrices of the un-repeated key/value width, and the layer's weights in float64."""
-    width = shape.source_elements
-    return 8 * (10 * width * width + (width + 2 * shape.heads * shape.head_dim) * shape.hidden_size)
+    width, queries = shape.source_elements, shape.heads * shape.head_dim
+    narrow = 0 if shape.q_lora_rank is None else 6 * queries * queries
+    return 8 * (10 * width * width + narrow + (width + 2 * queries) * shape.hidden_size)
+
+
+def _statistics_bytes(shape: MlaShape) -> int:
+    """float64 moments of every layer: of its input, with QK-norm also of normalised keys and queries."""
+    keys = shape.kv_heads * shape.head_dim if shape.qk_norm else 0
+    width = shape.hidden_size + keys
+    return 8 * shape.layers * (width * (width + 1) + keys * shape.head_dim)
 
 
 def _forward_bytes(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> int:
@@ -249,4 +262,5 @@ def _forward_bytes(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> in
 
 def _plan_bytes(shape: MlaShape) -> int:
     expansion = shape.kv_heads * (shape.qk_nope_head_dim + shape.v_head_dim)
-    return 4 * shape.layers * shape.kv_lora_rank * (shape.source_elements + expansion)
+    query = 2 * (shape.q_lora_rank or 0) * shape.heads * shape.head_dim
+    return 4 * shape.layers * (shape.kv_lora_rank * (shape.source_elements + expansion) + query)
