@@ -109,7 +109,6 @@ def test_xeco_needs_a_width_that_divides() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "qwen3"}, "QK-norm.*llama, mistral, qwen2"),
         (
             {
                 "model_type": "upcycled",

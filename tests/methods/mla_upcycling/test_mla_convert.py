@@ -252,8 +252,3 @@ def test_broken_or_missing_calibration_is_refused() -> None:
         mla.collect_statistics(source, [torch.full((1, 4), 5)])
     with pytest.raises(RecipeError, match="needs calibration text"):
         mla.upcycle(make_source("llama"), {"kv_lora_rank": 16, "objective": "activation"})
-
-
-def test_qk_norm_is_refused() -> None:
-    with pytest.raises(RecipeError, match="QK-norm"):
-        mla.upcycle(make_source("qwen3"), {"kv_lora_rank": 16})
