@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import RecipeError
-from posttrain.methods.mla_upcycling import freqfold, latent, query, rotary
+from posttrain.methods.mla_upcycling import freqfold, latent, rotary
 from posttrain.methods.mla_upcycling.budget import largest_rank
 from posttrain.methods.mla_upcycling.calibration import CalibrationStatistics, attention_layers
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.methods.mla_upcycling.plan import LayerPlan, MlaPlan
+from posttrain.methods.mla_upcycling.query import LowRankQuery, low_rank_query
 from posttrain.methods.mla_upcycling.ranks import energy_rank, water_fill
 from posttrain.methods.mla_upcycling.shape import MlaShape, resolve_shape
 from posttrain.methods.mla_upcycling.source import SourceLayer
@@ -54,13 +55,17 @@ def build_plan(
     blocks = attention_layers(model)
     frequencies = source_frequencies(model) if cfg.freqfold == "search" else None
 
-    def decompose(index: int) -> _Parts:
-        moments = () if objective == "weight" else stats.of_layer(index)
-        return _decompose(SourceLayer.read(blocks[index], *moments), shape, cfg, objective, frequencies)
+    def read(index: int) -> SourceLayer:
+        return SourceLayer.read(blocks[index], *(() if objective == "weight" else stats.of_layer(index)))
+
+    def decompose(source: SourceLayer) -> _Parts:
+        return _decompose(source, shape, cfg, objective, frequencies)
 
     layers = []
-    for index, rank in enumerate(_ranks(cfg, shape, decompose)):
-        layers.append(_finish(index, decompose(index), rank))
+    for index, rank in enumerate(_ranks(cfg, shape, lambda index: decompose(read(index)))):
+        source = read(index)
+        narrow = None if shape.q_lora_rank is None else low_rank_query(source, shape, objective)
+        layers.append(_finish(index, decompose(source), rank, narrow))
         if on_layer is not None:
             on_layer(index + 1)
     provenance = {
@@ -83,7 +88,7 @@ def source_frequencies(model: nn.Module) -> Tensor:
 class _Parts:
     """One layer before its rank is known; `maps` are the rotary ones, `key_mean` what the latent leaves out.
 
-    `query` is the low-rank query, `found` what else belongs into the summary.
+    `search` is what freqfold=search found, for the summary.
     """
 
     maps: tuple[Tensor, Tensor]
@@ -97,8 +102,7 @@ class _Parts:
     key_mean: Tensor
     carried: float
     dropped: float
-    query: latent.LowRank | None
-    found: dict[str, Any]
+    search: dict[str, Any]
 
 
 def _decompose(
@@ -107,15 +111,13 @@ def _decompose(
     """Everything of a layer that does not depend on its rank; `frequencies` are wanted by freqfold=search."""
     width = shape.kv_heads * shape.head_dim  # G·d_h
     moment, mean = latent.output_moment(*source.keys_values, source.second, source.mean)
-    found: dict[str, Any] = {}
+    search: dict[str, Any] = {}
     if frequencies is not None:
         met = source.group_query_moments(shape.heads, shape.kv_heads)
         turning = frequencies.to(moment.device)
         fold, errors = freqfold.best_fold(moment[:width, :width], met, turning, shape.qk_rope_head_dim)
-        found = {"freqfold": fold, "score_errors": {str(one): error for one, error in errors.items()}}
-    rotary_key, rotary_query = _rotary_maps(moment[:width, :width], shape, cfg, found.get("freqfold"))
-    narrow, summary = _query(source, shape, objective, moment[:width, :width])
-    found |= summary
+        search = {"freqfold": fold, "score_errors": {str(one): error for one, error in errors.items()}}
+    rotary_key, rotary_query = _rotary_maps(moment[:width, :width], shape, cfg, search.get("freqfold"))
     carry = rotary.carried_rows(rotary_query) @ rotary_key  # [G·d_h, G·d_h]
     carried, dropped = _key_energies(moment[:width, :width], carry, shape, cfg.residual_kept)
 
@@ -140,39 +142,24 @@ def _decompose(
     centre = mean[:width] * centred
     metric = (moment, weighting, unweighting)
     kept = (alpha, position_free, keys, key_rows, centre, carried, dropped)
-    return _Parts((rotary_key, rotary_query), *metric, *kept, narrow, found)
+    return _Parts((rotary_key, rotary_query), *metric, *kept, search)
 
 
-def _query(
-    source: SourceLayer, shape: MlaShape, objective: str, key_moment: Tensor
-) -> tuple[latent.LowRank | None, dict[str, Any]]:
-    """The low-rank query under the objective, and its line in the summary; None and nothing for a full one."""
-    if shape.q_lora_rank is None:
-        return None, {}
-    split = key_moment.unflatten(0, (shape.kv_heads, -1)).unflatten(2, (shape.kv_heads, -1))
-    keys = split.diagonal(dim1=0, dim2=2).permute(2, 0, 1) if objective == "attention" else None
-    found = query.low_rank_query(source, shape.heads, shape.q_lora_rank, keys)
-    return found, {"q_lora_rank": shape.q_lora_rank, "query_error": query.query_error(source, found)}
-
-
-def _finish(index: int, parts: _Parts, rank: int) -> LayerPlan:
+def _finish(index: int, parts: _Parts, rank: int, narrow: LowRankQuery | None) -> LayerPlan:
     found = latent.low_rank(parts.moment, rank, parts.weighting, parts.unweighting)
     decode = torch.cat([found.decode[parts.key_rows], found.decode[parts.keys :]])
     losses = _losses(parts.moment, found, parts.key_rows, parts.keys, parts.carried, parts.dropped)
-    summary = {
-        "layer": index,
-        "kv_lora_rank": rank,
-        "energy": found.energy,
-        "alpha": parts.alpha,
-        **losses,
-        **parts.found,
-    }
+    summary = {"layer": index, "kv_lora_rank": rank, "energy": found.energy, "alpha": parts.alpha}
+    summary |= losses | parts.search
     encode = (found.encode @ parts.position_free).float()
     # From the rounded matrix and in float64: Qwen2's biases are large, and all but nothing must be left of them.
     offset = encode.double()[:, : parts.key_mean.numel()] @ parts.key_mean
-    tensors = (*(matrix.float() for matrix in parts.maps), encode, decode.float(), offset)
-    narrow = () if parts.query is None else (parts.query.encode.float().cpu(), parts.query.decode.float().cpu())
-    return LayerPlan(*(tensor.cpu() for tensor in tensors), {**summary, **losses, **parts.found}, *narrow)
+    tensors = [*(matrix.float() for matrix in parts.maps), encode, decode.float(), offset]
+    query = []
+    if narrow is not None:
+        query = [narrow.found.encode.float().cpu(), narrow.found.decode.float().cpu()]
+        summary |= {"q_lora_rank": len(query[0]), "query_error": narrow.error}
+    return LayerPlan(*(tensor.cpu() for tensor in tensors), summary, *query)
 
 
 def _ranks(cfg: MlaUpcycleConfig, shape: MlaShape, decompose: Callable[[int], _Parts]) -> list[int]:

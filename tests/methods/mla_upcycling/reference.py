@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+EPS = 1e-5
+"""rms_norm_eps of `make_source`."""
+
 
 def turn(x: Tensor, frequencies: Tensor, positions: Tensor) -> Tensor:
     """RoPE on x [..., T, 2n] in half-split layout, as multiplication by e^{i θ t}."""
@@ -25,12 +28,20 @@ def affine(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
     return y + tensors[f"{name}.bias"].to(x) if f"{name}.bias" in tensors else y
 
 
+def normed(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
+    """RMSNorm over the last dimension, where the block has one of that name."""
+    if f"{name}.weight" not in tensors:
+        return x
+    return tensors[f"{name}.weight"].to(x) * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
 def source_heads(x: Tensor, tensors: dict[str, Tensor], heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pre-RoPE queries, keys and values [B, H, T, d_h], KV heads repeated."""
+    """Pre-RoPE queries, keys and values [B, H, T, d_h], after their norm (Qwen3), KV heads repeated."""
     q, k, v = (
         affine(x, tensors, f"{name}_proj").unflatten(-1, (count, -1)).transpose(1, 2)
         for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
     )
+    q, k = normed(q, tensors, "q_norm"), normed(k, tensors, "k_norm")
     return q, *(part.repeat_interleave(heads // kv_heads, dim=1) for part in (k, v))
 
 
@@ -46,8 +57,16 @@ def latent_attention(x: Tensor, tensors: dict[str, Tensor], shape, frequencies: 
     """The converted block on x [B, T, D]; `frequencies` are the d_r/2 of the rotary key."""
     d_n, d_r, d_v, heads = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim, shape.heads
     positions = torch.arange(x.shape[1], dtype=x.dtype)
-    q = affine(x, tensors, "q_proj").unflatten(-1, (heads, d_n + d_r)).transpose(1, 2)
-    down = affine(x, tensors, "kv_a_proj_with_mqa")
+    low = "q_a_proj.weight" in tensors
+    q = affine(affine(x, tensors, "q_a_proj"), tensors, "q_b_proj") if low else affine(x, tensors, "q_proj")
+    q = q.unflatten(-1, (heads, -1)).transpose(1, 2)
+    seen = x
+    if "q_map" in tensors:
+        maps = tensors["q_map"].to(x).repeat_interleave(heads // shape.kv_heads, 0)
+        q = normed(q, tensors, "q_norm") @ maps.mT
+        keys = affine(x, tensors, "k_proj").unflatten(-1, (shape.kv_heads, -1))
+        seen = torch.cat([x, normed(keys, tensors, "k_norm").flatten(2)], dim=-1)
+    down = affine(seen, tensors, "kv_a_proj_with_mqa")
     latent, rope_key = down[..., :-d_r], down[..., -d_r:]
     up = affine(latent, tensors, "kv_b_proj").unflatten(-1, (heads, d_n + d_v)).transpose(1, 2)
     scores = q[..., :d_n] @ up[..., :d_n].mT
