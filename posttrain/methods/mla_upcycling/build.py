@@ -110,7 +110,7 @@ def _decompose(
 ) -> _Parts:
     """Everything of a layer that does not depend on its rank; `frequencies` are wanted by freqfold=search."""
     width = shape.kv_heads * shape.head_dim  # G·d_h
-    moment, mean = latent.output_moment(*source.keys_values, source.second, source.mean)
+    moment, mean = source.key_value_moments()
     search: dict[str, Any] = {}
     if frequencies is not None:
         met = source.group_query_moments(shape.heads, shape.kv_heads)

@@ -60,7 +60,10 @@ def _metric(source: SourceLayer, shape: MlaShape, objective: str) -> tuple[Tenso
 
 def _key_moments(source: SourceLayer, shape: MlaShape) -> Tensor:
     """E[k kᵀ] of every KV head, [G, d_h, d_h]."""
-    weight, bias = (part[: shape.kv_heads * shape.head_dim] for part in source.keys_values)
-    moment, _ = latent.output_moment(weight, bias, source.second, source.mean)
-    split = moment.unflatten(0, (shape.kv_heads, -1)).unflatten(2, (shape.kv_heads, -1))
+    width = shape.kv_heads * shape.head_dim
+    split = (
+        source.key_value_moments()[0][:width, :width]
+        .unflatten(0, (shape.kv_heads, -1))
+        .unflatten(2, (shape.kv_heads, -1))
+    )
     return split.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

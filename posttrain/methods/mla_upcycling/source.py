@@ -16,6 +16,9 @@ from torch.nn.functional import linear
 
 from posttrain.methods.mla_upcycling import latent
 
+NORMED_FLOOR = 1e-6
+"""Energy of a direction that normalised keys are taken to have at least, as a share of the mean, without calibration."""
+
 
 def observed_width(attention: nn.Module, hidden_size: int) -> int:
     """Width of what calibration observes in that block: D, with QK-norm D + G·d_h."""
@@ -101,6 +104,15 @@ class SourceLayer:
         if self.second is None or self.mean is None:
             return None, None
         return self.second[:width, :width], self.mean[:width]
+
+    def key_value_moments(self) -> tuple[Tensor, Tensor]:
+        """E[n nᵀ] [2·G·d_h, 2·G·d_h] and E[n] of un-repeated n = [keys ; values], keys as in `keys_values`."""
+        moment, mean = latent.output_moment(*self.keys_values, self.second, self.mean)
+        if self.query_norm is not None and self.second is None:
+            # Normalised keys leave the range of the keys' map, where it has one: no direction of theirs is surely empty.
+            keys = moment.diagonal()[: len(moment) // 2]
+            keys += NORMED_FLOOR * keys.mean()
+        return moment, mean
 
     def query_moment(self, heads: int) -> Tensor:
         """E[q qᵀ] of every query head before its norm, [H, d_h, d_h]."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from methods.mla_upcycling import reference
-from source_models import make_source
+from methods.mla_upcycling.sources import FAMILIES, logits, make_source, text, tokens
 
 import posttrain.methods.mla_upcycling as mla
 from posttrain.errors import RecipeError
@@ -16,21 +16,6 @@ from posttrain.methods.mla_upcycling.build import SourceLayer
 from posttrain.methods.mla_upcycling.calibration import attention_layers
 from posttrain.methods.mla_upcycling.convert import layer_tensors
 from posttrain.models.architecture import cache_bytes_per_token, cache_elements_per_token, normalise, parameter_count
-
-FAMILIES = ["llama", "mistral", "qwen2"]
-
-
-def tokens(batch: int = 2, steps: int = 32, seed: int = 7) -> torch.Tensor:
-    return torch.randint(0, 256, (batch, steps), generator=torch.Generator().manual_seed(seed))
-
-
-def text() -> list[torch.Tensor]:
-    return [tokens(8, 64, seed) for seed in (1, 2)]
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)

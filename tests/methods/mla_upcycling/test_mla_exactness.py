@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from methods.mla_upcycling import reference
-from source_models import make_source
+from methods.mla_upcycling.sources import FAMILIES, make_source
 
 from posttrain.methods.mla_upcycling.build import build_plan
 from posttrain.methods.mla_upcycling.calibration import attention_layers, collect_statistics
@@ -47,20 +47,21 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("objective", ["activation", "attention", "weight"])
-def test_one_kv_head_and_full_rotary_key_at_full_rank_is_the_source(family: str, objective: str) -> None:
+def test_card_verification_3_one_kv_head_and_full_rotary_key_is_the_source(family: str, objective: str) -> None:
     model = make_source(family, num_key_value_heads=1)
     plan = build_plan(model, {"kv_lora_rank": 16, "qk_rope_head_dim": 16, "objective": objective}, calibrate(model))
     x = inputs(model)
     assert relative(converted_output(model, plan, x), source_output(model, x)) < 1e-5
 
 
-@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kv_heads", [2, 4, 8])
 @pytest.mark.parametrize("shared_key", ["principal", "mean"])
-def test_several_kv_heads_are_not_the_source_even_at_full_rank(kv_heads: int, shared_key: str) -> None:
+def test_card_verification_3_several_kv_heads_are_not_the_source(family: str, kv_heads: int, shared_key: str) -> None:
     """Guards against an oracle that never exercises RoPE."""
-    model = make_source("llama", num_key_value_heads=kv_heads)
+    model = make_source(family, num_attention_heads=8, num_key_value_heads=kv_heads)
     rank = 2 * kv_heads * 16 - 16
     cfg = {"kv_lora_rank": rank, "qk_rope_head_dim": 16, "shared_key": shared_key}
     plan = build_plan(model, cfg, calibrate(model))
@@ -68,8 +69,8 @@ def test_several_kv_heads_are_not_the_source_even_at_full_rank(kv_heads: int, sh
     assert relative(converted_output(model, plan, x), source_output(model, x)) > 1e-2
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     ("rope_dim", "objective", "pairs"),
     [
@@ -80,10 +81,10 @@ def test_several_kv_heads_are_not_the_source_even_at_full_rank(kv_heads: int, sh
         (16, "activation", "fastest"),
     ],
 )
-def test_full_rank_is_the_partial_rope_model(
+def test_card_verification_2_full_rank_is_the_partial_rope_model(
     family: str, kv_heads: int, rope_dim: int, objective: str, pairs: str
 ) -> None:
-    model = make_source(family, num_key_value_heads=kv_heads)
+    model = make_source(family, num_attention_heads=max(4, kv_heads), num_key_value_heads=kv_heads)
     rank = 2 * kv_heads * 16 - rope_dim
     cfg = {"kv_lora_rank": rank, "qk_rope_head_dim": rope_dim, "objective": objective, "rotary_pairs": pairs}
     plan = build_plan(model, cfg, calibrate(model))
@@ -122,7 +123,7 @@ def test_discarding_the_residual_is_exact_only_with_one_kv_head(kv_heads: int) -
     assert error < 1e-5 if kv_heads == 1 else error > 1e-2
 
 
-def test_xeco_scores_are_exact_at_position_zero_with_one_kv_head_only() -> None:
+def test_card_verification_4_xeco_scores_are_exact_at_position_zero_with_one_kv_head_only() -> None:
     """The scores, since at a single position the softmax hides them; both rotations are the identity there."""
     errors = {}
     for kv_heads in (1, 2):
@@ -141,7 +142,7 @@ def test_xeco_scores_are_exact_at_position_zero_with_one_kv_head_only() -> None:
     assert errors[1] < 1e-5 < 1e-2 < errors[2]
 
 
-def test_xeco_differs_at_other_positions() -> None:
+def test_card_verification_4_xeco_differs_at_other_positions() -> None:
     model = make_source("llama", num_key_value_heads=1)
     plan = build_plan(model, {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "rotary_plan": "xeco"})
     x = inputs(model)

@@ -24,7 +24,7 @@ def keys_moment(tokens: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, second_moment(keys)
 
 
-def test_rotations_are_orthogonal_and_sorted() -> None:
+def test_card_verification_8_rotations_are_orthogonal_and_sorted() -> None:
     _, moment = keys_moment()
     pairs = rotary.head_moments(moment, list(range(WIDTH)), KV_HEADS)
     turned = rotary.rotations(pairs)
@@ -103,7 +103,7 @@ def test_full_rank_loses_nothing_under_any_weighting() -> None:
     assert found.energy == pytest.approx(1)
 
 
-def test_energy_grows_with_rank_and_error_is_what_is_missing() -> None:
+def test_card_verification_8_energy_grows_with_rank_and_error_is_what_is_missing() -> None:
     data = random(400, 12) @ random(12, 12, seed=1)
     moment, energies = second_moment(data), []
     for rank in range(1, 13):
@@ -128,7 +128,7 @@ def test_no_other_projection_of_that_rank_does_better() -> None:
         assert best < lost(basis @ basis.T)
 
 
-def test_repeating_heads_changes_neither_subspace_nor_energy() -> None:
+def test_card_verification_8_repeating_heads_changes_neither_subspace_nor_energy() -> None:
     keys, values = random(16, 24), random(16, 24, seed=1)
     plain = torch.cat([keys, values])
     repeated = torch.cat([part.view(2, 8, 24).repeat_interleave(3, 0).flatten(0, 1) for part in (keys, values)])

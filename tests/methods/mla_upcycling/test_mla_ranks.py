@@ -12,13 +12,14 @@ import posttrain.methods.mla_upcycling as mla
 from posttrain.methods.mla_upcycling.ranks import energy_rank, water_fill
 
 
-def test_energy_rule_at_the_boundary() -> None:
-    """Card verification 7: known spectrum, cumulative shares 0.5, 0.75, 0.875, 1."""
+def test_card_verification_7_energy_rule_at_the_boundary() -> None:
+    """Known spectrum, cumulative shares 0.5, 0.75, 0.875, 1."""
     spectrum = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
     assert [energy_rank(spectrum, delta) for delta in (0.4, 0.5, 0.51, 0.75, 0.76, 1.0)] == [1, 1, 2, 2, 3, 4]
     released = [energy_rank(spectrum, delta, rule="released") for delta in (0.4, 0.5, 0.51, 0.75, 0.76, 1.0)]
     assert released == [1, 1, 1, 2, 2, 4]
-    assert energy_rank(torch.ones(100), 0.095, multiple=8) == 16 and energy_rank(torch.ones(12), 0.9, multiple=8) == 12
+    assert energy_rank(torch.ones(100), 0.095, multiple=8) == 16, "rounded up"
+    assert energy_rank(torch.ones(12), 0.9, multiple=8) == 12, "never beyond the spectrum"
 
 
 @pytest.mark.parametrize("seed", range(5))
