@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from posttrain.methods.mla_upcycling import latent
 
 NORMED_FLOOR = 1e-6
-"""Energy of a direction that normalised keys are taken to have at least, as a share of the mean, without calibration."""
+"""Least energy of any direction of normalised keys, as a share of the mean: assumed where there is no calibration."""
 
 
 def observed_width(attention: nn.Module, hidden_size: int) -> int:
@@ -109,7 +109,7 @@ class SourceLayer:
         """E[n nᵀ] [2·G·d_h, 2·G·d_h] and E[n] of un-repeated n = [keys ; values], keys as in `keys_values`."""
         moment, mean = latent.output_moment(*self.keys_values, self.second, self.mean)
         if self.query_norm is not None and self.second is None:
-            # Normalised keys leave the range of the keys' map, where it has one: no direction of theirs is surely empty.
+            # The norm takes keys out of the range of their map: no direction of theirs is surely empty.
             keys = moment.diagonal()[: len(moment) // 2]
             keys += NORMED_FLOOR * keys.mean()
         return moment, mean

@@ -53,8 +53,8 @@ def source_attention(x: Tensor, tensors: dict[str, Tensor], heads: int, kv_heads
     return affine(causal(scores, v), tensors, "o_proj")
 
 
-def latent_attention(x: Tensor, tensors: dict[str, Tensor], shape, frequencies: Tensor) -> Tensor:
-    """The converted block on x [B, T, D]; `frequencies` are the d_r/2 of the rotary key."""
+def latent_attention(x: Tensor, tensors: dict[str, Tensor], shape, frequencies: Tensor, factor: float = 1.0) -> Tensor:
+    """The converted block on x [B, T, D]; `frequencies` are the d_r/2 of the rotary key, `factor` is on cos and sin."""
     d_n, d_r, d_v, heads = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim, shape.heads
     positions = torch.arange(x.shape[1], dtype=x.dtype)
     low = "q_a_proj.weight" in tensors
@@ -70,7 +70,8 @@ def latent_attention(x: Tensor, tensors: dict[str, Tensor], shape, frequencies: 
     latent, rope_key = down[..., :-d_r], down[..., -d_r:]
     up = affine(latent, tensors, "kv_b_proj").unflatten(-1, (heads, d_n + d_v)).transpose(1, 2)
     scores = q[..., :d_n] @ up[..., :d_n].mT
-    scores = scores + turn(q[..., d_n:], frequencies, positions) @ turn(rope_key, frequencies, positions).mT[:, None]
+    turned = turn(q[..., d_n:], frequencies, positions) @ turn(rope_key, frequencies, positions).mT[:, None]
+    scores = scores + factor**2 * turned
     return affine(causal(scores * shape.head_dim**-0.5, up[..., d_n:]), tensors, "o_proj")
 
 
@@ -104,8 +105,11 @@ def shared_rotary_attention(
     turning: Tensor,
     rotary_key: Tensor,
     rotary_query: Tensor,
+    factor: float = 1.0,
 ) -> Tensor:
     """The source's block where only the shared key's part of every score turns, with frequencies `turning` [d_r/2].
+
+    `factor` is what the source puts on cos and sin, of all its pairs.
 
     Args:
         rotary_key: [d_r, G·d_h]; rotary_query: [G, d_r, d_h].
@@ -118,7 +122,8 @@ def shared_rotary_attention(
         mine = q[:, head] @ rotary_query[head // group].to(x).T
         turned = turn(mine, turning, positions) @ turn(shared, turning, positions).mT
         scores.append(q[:, head] @ k[:, head].mT - mine @ shared.mT + turned)
-    return affine(causal(torch.stack(scores, dim=1) * q.shape[-1] ** -0.5, v), tensors, "o_proj")
+    scaling = factor**2 * q.shape[-1] ** -0.5
+    return affine(causal(torch.stack(scores, dim=1) * scaling, v), tensors, "o_proj")
 
 
 def tensors_of(attention: nn.Module) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_only_attention_changes_and_the_source_stays(family: str) -> None:
         assert torch.equal(before[name], state[name])
 
 
-def test_biases_of_queries_keys_and_values_are_carried() -> None:
+def test_card_verification_11_biases_of_queries_keys_and_values_are_carried() -> None:
     source = make_source("qwen2", num_key_value_heads=1)
     new, _ = mla.upcycle(source, {"kv_lora_rank": 16, "qk_rope_head_dim": 16}, text())
     with torch.no_grad():
@@ -140,12 +140,30 @@ def attention_error(source: torch.nn.Module, rank: int, stats, objective: str = 
     return sum(errors) / len(errors)
 
 
-def test_a_larger_rank_is_never_worse() -> None:
-    source = make_source("llama")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_card_verification_9_a_larger_rank_is_never_worse(family: str) -> None:
+    source = make_source(family)
     stats = mla.collect_statistics(source, text())
     errors = [attention_error(source, rank, stats) for rank in (8, 16, 24, 32, 40, 48, 56)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-6 < 0.1 < errors[0]
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_card_verification_9_balanced_latents_err_less_in_values_than_plain_ones(family: str, rank: int) -> None:
+    """With keys that dominate, as in real models: there plain PCA starves the values."""
+    source = make_source(family)
+    with torch.no_grad():
+        for block in attention_layers(source):
+            getattr(block, "k_norm", block.k_proj).weight *= 20
+    stats = mla.collect_statistics(source, text())
+    balanced, plain = (
+        mla.upcycle(source, {"kv_lora_rank": rank, "qk_rope_head_dim": 8, "latent_plan": kind}, stats)[1]["layers"]
+        for kind in ("bkv", "pca")
+    )
+    for ours, theirs in zip(balanced, plain, strict=True):
+        assert ours["value_error"] < theirs["value_error"] and ours["alpha"] > 5
 
 
 def test_the_report_grows_better_with_rank() -> None:

@@ -31,9 +31,24 @@ def source_output(model: torch.nn.Module, x: torch.Tensor, layer: int = 0) -> to
 
 
 def converted_output(model: torch.nn.Module, plan, x: torch.Tensor, layer: int = 0) -> torch.Tensor:
-    tensors = layer_tensors(attention_layers(model)[layer], plan.layers[layer], plan.shape)
+    factor = model.model.rotary_emb.attention_scaling
+    tensors = layer_tensors(attention_layers(model)[layer], plan.layers[layer], plan.shape, factor)
     frequencies = reference.frequencies_of(model)[list(plan.shape.rope_frequency_indices)]
-    return reference.latent_attention(x, tensors, plan.shape, frequencies)
+    return reference.latent_attention(x, tensors, plan.shape, frequencies, factor)
+
+
+def shared_key_output(model: torch.nn.Module, plan, x: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    """The source's block where only what the plan's rotary key carries still turns: what full rank must be equal to."""
+    return reference.shared_rotary_attention(
+        x,
+        reference.tensors_of(attention_layers(model)[layer]),
+        plan.shape.heads,
+        plan.shape.kv_heads,
+        reference.frequencies_of(model)[list(plan.shape.rope_frequency_indices)],
+        plan.layers[layer].rotary_key,
+        plan.layers[layer].rotary_query,
+        model.model.rotary_emb.attention_scaling,
+    )
 
 
 def direction_of(plan, layer: int) -> torch.Tensor:
