@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.methods.mla_upcycling.presets import BUDGETS, fill
-from posttrain.pipeline.stage import StageConfig
+from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
 
 RotaryPlan = Literal["paired", "rorope", "xeco", "lossless"]
 Preset = Literal["x_ecomla_paper", "x_ecomla_released", "transmla"]
@@ -44,6 +45,7 @@ class MlaUpcycleConfig(StageConfig):
     )
     plan: str | None = Field(
         default=None,
+        json_schema_extra=NOT_IN_KEY,
         description="Folder of a saved conversion (`conversion` of another run) whose plan is carried out again, "
         "instead of making one. The input `conversion` does the same within a recipe. Excludes every other setting.",
     )
@@ -242,6 +244,11 @@ class MlaUpcycleConfig(StageConfig):
     def replays(self) -> bool:
         """Whether a saved plan is carried out again."""
         return self.plan is not None or "conversion" in self.inputs
+
+    @property
+    def plan_folder(self) -> Path | None:
+        """The folder that `plan` names, absolute; its content, not its name, enters the key."""
+        return None if self.plan is None else Path(self.plan).expanduser().resolve()
 
     @property
     def allocation(self) -> Literal["uniform", "water_fill"]:

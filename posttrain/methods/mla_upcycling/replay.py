@@ -69,8 +69,8 @@ def replayed_shape(
     """
     architecture = normalise(architecture)
     check_family(architecture)
-    if cfg.plan is not None:
-        shape, ranks = read_conversion(Path(cfg.plan))
+    if cfg.plan_folder is not None:
+        shape, ranks = read_conversion(cfg.plan_folder)
     elif conversion is not None and conversion.extra.get("shape"):
         shape, ranks = MlaShape.from_json(conversion.extra["shape"]), conversion.extra.get("ranks")
     else:
@@ -91,4 +91,4 @@ def replayed_plan(ctx: StageContext) -> MlaPlan | None:
         return None
     from posttrain.methods.mla_upcycling.plan import MlaPlan
 
-    return MlaPlan.load(Path(ctx.config.plan) if ctx.config.plan is not None else ctx.inputs["conversion"].path)
+    return MlaPlan.load(ctx.config.plan_folder or ctx.inputs["conversion"].path)

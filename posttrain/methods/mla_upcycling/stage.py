@@ -44,7 +44,7 @@ class MlaUpcycle(Stage):
 
     def external(self, cfg: MlaUpcycleConfig) -> dict[str, Any]:
         """Content of the plan that is carried out again."""
-        return {} if cfg.plan is None else {"plan": digests(Path(cfg.plan))}
+        return {} if cfg.plan_folder is None else {"plan": digests(cfg.plan_folder)}
 
     def describe(self, cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         source = inputs["model"]

@@ -45,12 +45,14 @@ def source_heads(x: Tensor, tensors: dict[str, Tensor], heads: int, kv_heads: in
     return q, *(part.repeat_interleave(heads // kv_heads, dim=1) for part in (k, v))
 
 
-def source_attention(x: Tensor, tensors: dict[str, Tensor], heads: int, kv_heads: int, frequencies: Tensor) -> Tensor:
-    """The source's attention block on x [B, T, D]."""
+def source_attention(
+    x: Tensor, tensors: dict[str, Tensor], heads: int, kv_heads: int, frequencies: Tensor, factor: float = 1.0
+) -> Tensor:
+    """The source's attention block on x [B, T, D]; `factor` is on cos and sin."""
     q, k, v = source_heads(x, tensors, heads, kv_heads)
     positions = torch.arange(x.shape[1], dtype=x.dtype)
-    scores = turn(q, frequencies, positions) @ turn(k, frequencies, positions).mT * q.shape[-1] ** -0.5
-    return affine(causal(scores, v), tensors, "o_proj")
+    scores = turn(q, frequencies, positions) @ turn(k, frequencies, positions).mT
+    return affine(causal(scores * factor**2 * q.shape[-1] ** -0.5, v), tensors, "o_proj")
 
 
 def latent_attention(x: Tensor, tensors: dict[str, Tensor], shape, frequencies: Tensor, factor: float = 1.0) -> Tensor:

@@ -27,7 +27,8 @@ def calibrate(model: torch.nn.Module):
 def source_output(model: torch.nn.Module, x: torch.Tensor, layer: int = 0) -> torch.Tensor:
     tensors, config = reference.tensors_of(attention_layers(model)[layer]), model.config
     heads = config.num_attention_heads, config.num_key_value_heads
-    return reference.source_attention(x, tensors, *heads, reference.frequencies_of(model))
+    factor = model.model.rotary_emb.attention_scaling
+    return reference.source_attention(x, tensors, *heads, reference.frequencies_of(model), factor)
 
 
 def converted_output(model: torch.nn.Module, plan, x: torch.Tensor, layer: int = 0) -> torch.Tensor:
