@@ -6,7 +6,7 @@ import pytest
 import torch
 from distillation_world import SMALL, STAGE, assert_same, context, outcome, uneven, world
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from source_models import make_source
 
 from posttrain.errors import RecipeError, StageError, StopRequested
@@ -40,8 +40,7 @@ def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["llama", "upcycled"])
-@pytest.mark.parametrize("packing", ["stream", "documents"])
+@pytest.mark.parametrize(("kind", "packing"), [("llama", "documents"), ("upcycled", "stream")])
 def test_adapters_learn_and_are_merged(context, world, upcycled, uneven, kind, packing):
     """What is saved has the student's tensors and no others; the layers with adapters moved, and nothing else did."""
     student = upcycled if kind == "upcycled" else world / "student"
@@ -53,8 +52,7 @@ def test_adapters_learn_and_are_merged(context, world, upcycled, uneven, kind, p
     assert moved == {name for name in before if "_proj" in name}
 
 
-@pytest.mark.parametrize("kind", ["llama", "upcycled"])
-@pytest.mark.parametrize("packing", ["stream", "documents"])
+@pytest.mark.parametrize(("kind", "packing"), [("llama", "documents"), ("upcycled", "stream")])
 def test_the_merged_model_is_the_trained_one(context, world, upcycled, uneven, kind, packing):
     """The third step's divergence is that of the model saved after two, computed without adapters."""
     student = upcycled if kind == "upcycled" else world / "student"
@@ -103,8 +101,6 @@ def test_resume_really_uses_the_checkpointed_adapters(context):
     ctx = context(save_every=3, **LORA)
     outcome(ctx)
     path = ctx.checkpoint_dir / "checkpoint-3"
-    from safetensors.torch import save_file
-
     changed = {name: 0.9 * t if ".lora_B" in name else t for name, t in weights_of(path).items()}
     save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
     checkpoints.complete(path)

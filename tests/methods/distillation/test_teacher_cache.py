@@ -189,17 +189,7 @@ def test_a_damaged_shard_is_computed_again(undisturbed, context, damage, caplog)
     assert path.read_bytes() == content and "1 shards of the teacher's cache" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "teacher",
-        "data",
-        {"temperature": 1.5},
-        {"teacher_dtype": "bfloat16"},
-        {"teacher_cache": {"top_k": 8, "dtype": "bfloat16"}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", ["teacher", "data", {"temperature": 1.5}], ids=str)
 def test_another_teacher_text_or_setting_never_meets_an_old_cache(context, tmp_path, change, caplog):
     """The same work folder with something changed gives what a fresh folder gives."""
     from posttrain.models.loading import save_model
@@ -218,6 +208,31 @@ def test_another_teacher_text_or_setting_never_meets_an_old_cache(context, tmp_p
     (ctx.work_dir / "checkpoints").rename(ctx.work_dir / "old")
     assert_same(fresh, outcome(context("used", **changes)))
     assert "of another teacher, text or setting" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher_dtype": "bfloat16"},
+        {"teacher_cache": {"top_k": 8, "dtype": "bfloat16"}},
+        {"teacher_cache": {"top_k": 9}},
+        {"precision": "bf16"},
+        {"packing": "documents"},
+    ],
+    ids=str,
+)
+def test_what_decides_the_kept_values_is_in_the_identity(context, change):
+    def identity(**changes):
+        ctx = context(**{**CACHED, **changes})
+        return teacher_pass._settings(ctx, ctx.config)
+
+    assert identity() == identity(micro_batch_size=1, lr=1e-5) != identity(**change)
+
+
+def test_the_shape_of_what_is_read_is_in_the_identity():
+    ids = torch.arange(12, dtype=torch.int32)
+    shapes = ((2, 6), (3, 4), (12,))
+    assert len({teacher_cache.identity_of({}, {"tokens": ids.view(*shape)})["tokens"] for shape in shapes}) == 3
 
 
 def test_a_full_disk_is_noticed_before_the_pass(context, monkeypatch):
