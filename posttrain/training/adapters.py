@@ -76,7 +76,7 @@ def linear_layers(arch: Mapping[str, Any], layer: int) -> dict[str, tuple[int, i
         attention = {name: (width, keys) for name in ("k_proj", "v_proj")}
         return {"q_proj": (width, queries), **attention, "o_proj": (queries, width), **mlp}
     nope, rope, value = arch["qk_nope_head_dim"], arch["qk_rope_head_dim"], arch["v_head_dim"]
-    rank, query_rank = per_layer(arch["kv_lora_rank"], layer), arch.get("q_lora_rank")
+    rank, query_rank = per_layer(arch["kv_lora_rank"], layer), per_layer(arch.get("q_lora_rank"), layer)
     normed = bool(arch.get("qk_norm"))
     out = queries if normed else heads * (nope + rope)
     latent = {"q_proj": (width, out)}

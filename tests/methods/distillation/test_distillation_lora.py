@@ -152,3 +152,15 @@ def test_plan_counts_adapters():
     assert lora.parameters == parameter_count(arch) and lora.trainable == adapters < full.trainable
     assert lora.memory["weights"] == full.memory["weights"] + 4 * adapters
     assert lora.memory["optimizer"] == 8 * adapters and sum(lora.memory.values()) < sum(full.memory.values())
+
+
+def test_adapters_of_layers_with_query_ranks_of_their_own_are_counted():
+    from posttrain.models.upcycled.configuration_upcycled import UpcycledConfig
+    from posttrain.models.upcycling import build_upcycled
+
+    source = make_source("llama")
+    latent = {"kv_lora_rank": [40, 6], "q_lora_rank": [None, 10], "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    config = UpcycledConfig.from_source(source.config, mixers=["latent_attention"] * 2, v_head_dim=16, **latent)
+    model = add_adapters(build_upcycled(source, config), LoraSettings(r=3), 0)
+    counted = adapter_parameters(normalise(model.config.to_dict()), LoraSettings(r=3))
+    assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
