@@ -1,8 +1,8 @@
 """Run the benchmarks: `python kernels/benchmarks/run.py [--only OP ...] [--out DIR] [--quick]`.
 
-Every `bench_*.py` beside this file offers `cases(device, quick)`. Rows are appended to `results/<operator>.csv`; the
-table comes last. Without a GPU only the quick sizes run, to see that the code works, and no row is stored unless --out
-is given.
+Every `bench_*.py` beside this file offers `cases(device, quick)`, and may offer `summary(results)`, printed last. Rows
+are appended to `results/<operator>.csv`; the table comes before the summaries. Without a GPU only the quick sizes run,
+to see that the code works, and no row is stored unless --out is given.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     if any(result.reason.startswith("not installed") for result in results):
         print("peers that are not installed: pip install -e '.[bench]' -c constraints.txt")
     print(table(results))
+    for module in _modules():
+        if hasattr(module, "summary"):
+            print(module.summary(results))
     return int(any(result.ours_is_bad() for result in results))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from posttrain_kernels.decode_attention import decode_attention
+from posttrain_kernels.mla_decode import mla_decode
 from posttrain_kernels.rms_norm import rms_norm
 from posttrain_kernels.rotary_cache import latent_cache, rotary_cache, rotate
 from torch.nn import functional as F
@@ -154,9 +155,7 @@ class LatentAttention(Mixer):
         )
         q_rope = rotate(q_rope, *self.tables, now.positions)
         query = torch.bmm(q_nope.transpose(0, 1), self.w["to_key"]).transpose(0, 1)  # [B, H, r]
-        mixed = decode_attention(
-            query, cache.latents, cache.latents, now.start, now.length, self.scale, q_rope, cache.rope
-        )
+        mixed = mla_decode(query, q_rope, cache.latents, cache.rope, now.start, now.length, self.scale)
         value = torch.bmm(mixed.transpose(0, 1), self.w["to_value"].transpose(1, 2)).transpose(0, 1)  # [B, H, d_v]
         return self._project(value.flatten(1), "o")
 

@@ -12,7 +12,7 @@ from posttrain.errors import PosttrainError
 from posttrain.models.architecture import mixers, normalise, per_layer
 
 MOST_WIDTH = 512
-"""Widest key or latent of `decode_attention`'s kernels."""
+"""Widest key of `decode_attention`'s kernels, and widest latent of `mla_decode`'s."""
 PROJECTIONS = ("_proj", "_with_mqa", "lm_head")
 """How the names of the modules end whose weights are copied: nothing else that they do would be seen."""
 
