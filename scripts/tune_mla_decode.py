@@ -38,7 +38,7 @@ SHARED_MEMORY = 232448
 TOLERANCE = 1e-2
 WORKERS = 14
 WORKER_SECONDS = 150.0
-TILE_COLUMNS = ("heads", "slots", "warps", "stages", "slots_first", "tma", "resident")
+TILE_COLUMNS = ("heads", "slots", "warps", "stages", "slots_first", "tma", "gluon", "resident")
 COLUMNS = ("shape", *TILE_COLUMNS, "splits", "ms", "gb_s", "tflop_s", "percent", "default")
 
 
@@ -86,6 +86,8 @@ def candidates(heads: int, rank: int, rope: int) -> Iterator[Tile]:
     block, few = min(32, _power_of_two(heads)), heads <= 32
     stages = (1, 2) if rank > 256 else (2, 4)
     yield choose_tile(heads, rank)
+    for slots in (64, 128):
+        yield from _fitting(Tile(64, slots, 8, 2, tma=True, gluon=True), width)
     for tma, stage in product((True, False), stages):
         if few:
             for slots, warps in ((64, 4), (64, 8), (128, 4), (128, 8)):
@@ -103,7 +105,8 @@ def _fitting(tile: Tile, width: int) -> Iterator[Tile]:
     """The tile with as many resident programs as its memory and registers allow; none if it cannot fit."""
     # Accumulators in fp32 want half of the registers at most; without the copy engine one stage goes through registers.
     accumulators = tile.heads * _latent(width) / (32 * tile.warps)
-    memory = 2 * width * (tile.slots * tile.stages + tile.heads) + 4096
+    weights = 2 * tile.heads * tile.slots if tile.gluon else 0
+    memory = 2 * width * (tile.slots * tile.stages + tile.heads) + weights + 1024
     if accumulators > 128 or memory > SHARED_MEMORY or (tile.stages == 1 and not tile.tma):
         return
     registers = 65536 // (32 * tile.warps * 255)
@@ -127,8 +130,8 @@ def _jobs(shape: Shape) -> set[Job]:
 
 
 def _text(tile: Tile) -> str:
-    """Short: heads x slots, warps, stages, s(lots first), t(ma), resident programs."""
-    flags = ("s" if tile.slots_first else "h") + ("t" if tile.tma else "p")
+    """Short: heads x slots, warps, stages, g(luon), s(lots) or h(eads first), t(ma) or p(ointers), x programs."""
+    flags = ("g" if tile.gluon else "s" if tile.slots_first else "h") + ("t" if tile.tma else "p")
     return f"{tile.heads}x{tile.slots} w{tile.warps} st{tile.stages} {flags} x{tile.resident}"
 
 

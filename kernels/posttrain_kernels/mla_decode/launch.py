@@ -42,8 +42,7 @@ def mla_decode_triton(
         return out
     tile = tile or choose_tile(heads, rank, latent_cache.element_size())
     latent, rope = dense_width(latent_cache), dense_width(rope_cache)
-    if tile.tma and not (_describable(latent) and _describable(rope)):
-        tile = replace(tile, tma=False, stages=max(2, tile.stages))
+    tile = _possible(tile, latent, rope)
     blocks = triton.cdiv(heads, tile.heads)
     splits = splits or choose_splits(rows * blocks, latent.shape[1], tile)
     if splits == 1:
@@ -52,13 +51,12 @@ def mla_decode_triton(
         target = torch.empty(rows, heads, splits, rank, device=out.device, dtype=torch.float32)
         exponents = torch.empty(rows, heads, splits, device=out.device, dtype=torch.float32)
     q_latent, q_rope = unit_stride(q_latent), unit_stride(q_rope)
-    mla_decode_kernel[(rows * blocks, splits)](
+    arguments = (
         q_latent,
         q_rope,
         latent,
         rope,
-        _descriptor(latent, tile.slots) if tile.tma else None,
-        _descriptor(rope, tile.slots) if tile.tma else None,
+        *(_descriptor(cache, tile) if tile.tma else None for cache in (latent, rope)),
         start.contiguous(),
         length,
         target,
@@ -70,20 +68,18 @@ def mla_decode_triton(
         latent.shape[1],
         splits,
         scale * math.log2(math.e),
-        H=heads,
-        R=rank,
-        D_R=rope.shape[2],
-        BLOCK_R=_padded(rank),
-        BLOCK_D=_padded(rope.shape[2]),
-        HEADS=tile.heads,
-        SLOTS=tile.slots,
-        PARTS=splits > 1,
-        SLOTS_FIRST=tile.slots_first,
-        TMA=tile.tma,
-        DENSE=latent.stride(1) == rank and rope.stride(1) == rope.shape[2],
-        STAGES=tile.stages,
-        num_warps=tile.warps,
     )
+    sizes = dict(H=heads, R=rank, D_R=rope.shape[2], BLOCK_R=_padded(rank), BLOCK_D=_padded(rope.shape[2]))
+    sizes |= dict(HEADS=tile.heads, SLOTS=tile.slots, PARTS=splits > 1, num_warps=tile.warps)
+    grid = (rows * blocks, splits)
+    if tile.gluon:
+        from .gluon_kernels import mla_decode_gluon_kernel
+
+        mla_decode_gluon_kernel[grid](*arguments, **sizes)
+    else:
+        dense = latent.stride(1) == rank and rope.stride(1) == rope.shape[2]
+        options = dict(SLOTS_FIRST=tile.slots_first, TMA=tile.tma, DENSE=dense, STAGES=tile.stages)
+        mla_decode_kernel[grid](*arguments, **sizes, **options)
     if splits > 1:
         _combine(target, exponents, out)
     return out
@@ -104,6 +100,13 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+def _possible(tile: Tile, latent: Tensor, rope: Tensor) -> Tile:
+    """The tile, without what these caches or this device do not allow."""
+    if tile.tma and not (_describable(latent) and _describable(rope)):
+        tile = replace(tile, tma=False, gluon=False, stages=max(2, tile.stages))
+    return replace(tile, gluon=tile.gluon and _runs_gluon(latent.device, latent.dtype))
+
+
 def _describable(cache: Tensor) -> bool:
     """Whether the bulk copy engine can address a cache [Bmax, S, d] as one matrix of Bmax · S rows."""
     even = cache.shape[0] == 1 or cache.stride(0) == cache.shape[1] * cache.stride(1)
@@ -111,6 +114,19 @@ def _describable(cache: Tensor) -> bool:
     return even and aligned and cache.shape[0] * cache.shape[1] < 2**31
 
 
-def _descriptor(cache: Tensor, slots: int) -> TensorDescriptor:
+def _runs_gluon(device: torch.device, dtype: torch.dtype) -> bool:
+    """Hopper's matrix instructions, on 16-bit elements."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and dtype.itemsize == 2
+
+
+def _descriptor(cache: Tensor, tile: Tile) -> object:
+    """The copy engine's view of a cache, in tiles of slots and padded width; Gluon's has a layout too."""
     rows, capacity, width = cache.shape
-    return TensorDescriptor(cache, [rows * capacity, width], [cache.stride(1), 1], [slots, _padded(width)])
+    view = ([rows * capacity, width], [cache.stride(1), 1], [tile.slots, _padded(width)])
+    if not tile.gluon:
+        return TensorDescriptor(cache, *view)
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia import hopper
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[cache.dtype]
+    return hopper.TensorDescriptor(cache, *view, gl.NVMMASharedLayout.get_default_for(view[2], element))

@@ -27,6 +27,7 @@ class Tile:
         warps: of a program; stages: tiles in flight.
         slots_first: transposed products, for few heads (see `kernels.py`).
         tma: tiles come through the bulk copy engine where the caches' strides allow it.
+        gluon: `gluon_kernels.py` on Hopper, where the strides allow it: 64 heads, 8 warps and 2 stages.
         resident: programs that share a multiprocessor, by registers and shared memory.
     """
 
@@ -36,6 +37,7 @@ class Tile:
     stages: int
     slots_first: bool = False
     tma: bool = False
+    gluon: bool = False
     resident: int = 1
 
 
@@ -49,7 +51,7 @@ TILES: dict[tuple[int, int], Tile] = {
     (256, 64): Tile(64, 64, 4, 3, tma=True),
     (512, 16): Tile(16, 64, 4, 2, slots_first=True, tma=True),
     (512, 32): Tile(32, 64, 4, 2, slots_first=True, tma=True),
-    (512, 64): Tile(64, 64, 8, 2, tma=True),
+    (512, 64): Tile(64, 64, 8, 2, tma=True, gluon=True),
 }
 """By padded latent width (at most) and by query heads (at most; more heads are several programs). 16-bit caches."""
 WIDE_ELEMENTS = Tile(16, 16, 8, 1)
