@@ -2,7 +2,8 @@
 
 Auto classes that are loaded already are told at once. Otherwise a finder on `sys.meta_path` waits for the two modules
 that hold their tables and tells each as soon as it has been executed. Our own modules are watched too: when they are
-what brings transformers in, they are not complete at that moment, and the telling follows when they are.
+what brings transformers in, they are not complete at that moment, and the telling follows when they are. So is
+transformers' module of layers, which imports the models' table at its head and is needed by our decoder.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from types import ModuleType
 _AUTO = "transformers.models.auto"
 _OURS = "posttrain.models.upcycled"
 CONFIG_TABLE, MODEL_TABLE = f"{_AUTO}.configuration_auto", f"{_AUTO}.modeling_auto"
-_WATCHED = {CONFIG_TABLE, MODEL_TABLE, f"{_OURS}.configuration_upcycled", f"{_OURS}.modeling_upcycled"}
+_CONFIG, _MODEL = f"{_OURS}.configuration_upcycled", f"{_OURS}.modeling_upcycled"
+_LAYERS = "transformers.modeling_layers"
+_WATCHED = {CONFIG_TABLE, MODEL_TABLE, _CONFIG, _MODEL, _LAYERS}
 _done: set[str] = set()
 
 
@@ -28,14 +31,14 @@ def register_when_transformers_is_there() -> None:
 
 
 def _register_what_is_ready(just_executed: str | None = None) -> None:
-    if CONFIG_TABLE not in _done and _ready(CONFIG_TABLE, "configuration_upcycled", just_executed):
+    if CONFIG_TABLE not in _done and _ready(CONFIG_TABLE, {_CONFIG}, just_executed):
         _done.add(CONFIG_TABLE)
         from transformers.models.auto.configuration_auto import AutoConfig
 
         from posttrain.models.upcycled.configuration_upcycled import UpcycledConfig
 
         AutoConfig.register("upcycled", UpcycledConfig, exist_ok=True)
-    if MODEL_TABLE not in _done and _ready(MODEL_TABLE, "modeling_upcycled", just_executed):
+    if MODEL_TABLE not in _done and _ready(MODEL_TABLE, {_MODEL, _LAYERS}, just_executed):
         _done.add(MODEL_TABLE)
         from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
@@ -46,9 +49,10 @@ def _register_what_is_ready(just_executed: str | None = None) -> None:
         AutoModelForCausalLM.register(UpcycledConfig, UpcycledForCausalLM, exist_ok=True)
 
 
-def _ready(table: str, ours: str, just_executed: str | None) -> bool:
-    """The table is complete and our module is not half-way through its own import."""
-    return _complete(table, just_executed) is True and _complete(f"{_OURS}.{ours}", just_executed) is not False
+def _ready(table: str, needed: set[str], just_executed: str | None) -> bool:
+    """The table is complete and no module that telling it needs is half-way through its own import."""
+    unfinished = any(_complete(name, just_executed) is False for name in needed)
+    return _complete(table, just_executed) is True and not unfinished
 
 
 def _complete(name: str, just_executed: str | None) -> bool | None:
