@@ -198,11 +198,12 @@ def run_parts(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str
     """Milliseconds and GiB of the parts of our step, each after the other with the device idle in between."""
     with tempfile.TemporaryDirectory() as work:
         trainer = make_trainer(options, settings, work)
-        ids = trainer.train_dataset.blocks[: options.batch].long().to(trainer.args.device)
+        batch = collate([trainer.train_dataset[row] for row in range(options.batch)])
+        batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
         with trainer.fast():
-            rounds = [_parts_of_a_step(trainer, ids, parameters, optimiser) for _ in range(options.warmup + 8)]
+            rounds = [_parts_of_a_step(trainer, batch, parameters, optimiser) for _ in range(options.warmup + 8)]
     rounds = rounds[options.warmup :]
     sizes = {"weights": sum(p.nbytes for p in trainer.model.parameters())}
     sizes["gradients"] = sum(p.nbytes for p in parameters)
@@ -214,10 +215,10 @@ def run_parts(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str
     return result
 
 
-def _parts_of_a_step(trainer: Any, ids: Any, parameters: Any, optimiser: Any) -> dict[str, dict[str, float]]:
+def _parts_of_a_step(trainer: Any, batch: Any, parameters: Any, optimiser: Any) -> dict[str, dict[str, float]]:
     """`ms`, `left_gib` (memory that a part leaves behind) and `peak_gib` (above what was there when it began)."""
     found: dict[str, dict[str, float]] = {"ms": {}, "left_gib": {}, "peak_gib": {}}
-    device, model = trainer.args.device, trainer.model.train()
+    device, model, ids = trainer.args.device, trainer.model.train(), batch["input_ids"]
 
     def part(name: str, run: Any) -> Any:
         _synchronize(device)
@@ -238,7 +239,7 @@ def _parts_of_a_step(trainer: Any, ids: Any, parameters: Any, optimiser: Any) ->
         with torch.no_grad():
             teacher_h = part("teacher forward", lambda: hidden_states(trainer.teacher, ids))
         student_h = part("student forward", lambda: hidden_states(model, ids))
-        loss = part("loss", lambda: trainer.divergence(student_h, teacher_h, ids))
+        loss = part("loss", lambda: trainer.divergence(student_h, teacher_h, batch))
     part("backward", loss.backward)
     part("clipping", lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0))
     part("optimiser", lambda: (optimiser.step(), optimiser.zero_grad()))
