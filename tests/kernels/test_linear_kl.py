@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from kernel_cases import randn, relative_error
 from linear_kl_cases import expected, inputs, leaves, row_options
-from posttrain_kernels.linear_kl import DIVERGENCES, linear_kl, linear_kl_reference, op
+from posttrain_kernels.linear_kl import DIVERGENCES, chunked, linear_kl, linear_kl_reference
 
 N, V, D_S, D_T = 5, 37, 4, 6
 
@@ -110,12 +109,11 @@ def test_types(dtype, divergence):
 def test_operands_are_bf16_only_where_the_triton_step_runs(monkeypatch):
     """Stand-ins for tensors on a GPU: without triton the torch step's fp32 gradients meet no bf16 head."""
     hidden = head = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    options = op._Options("forward_kl", 0.5, 1.0, None, None, True, torch.float32)
     for triton, product in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(op, "use_triton", lambda *_, triton=triton: triton)
-        assert op._product_dtype(hidden, head, torch.float32) == product
-        assert op._logits_dtype(product, options) == product  # no logits_dtype: the operands' type
-    assert op._logits_dtype(torch.bfloat16, replace(options, logits_dtype=torch.float32)) == torch.float32
+        monkeypatch.setattr(chunked, "use_triton", lambda *_, triton=triton: triton)
+        assert chunked.product_dtype(hidden, head, torch.float32) == product
+        assert chunked.logits_dtype(product, torch.float32, None) == product  # no logits_dtype: the operands' type
+    assert chunked.logits_dtype(torch.bfloat16, torch.float32, torch.float32) == torch.float32
 
 
 def test_one_head_for_both_models():
@@ -200,19 +198,17 @@ def test_values_carry_no_gradient():
 def test_chunks_cover_the_rows_in_even_whole_units():
     for count in (0, 1, 127, 128, 1000, 8192):
         for most, unit in ((1, 1), (7, 7), (384, 128), (896, 128)):
-            chunks = list(op._chunks(count, most, unit))
+            chunks = list(chunked.even_chunks(count, most, unit))
             assert [row for chunk in chunks for row in chunk] == list(range(count))
             assert all(0 < len(chunk) <= most for chunk in chunks)
             assert all(len(chunk) % unit == 0 for chunk in chunks[:-1])
-    assert {len(chunk) for chunk in op._chunks(8192, 896, 128)} == {768, 896}
+    assert {len(chunk) for chunk in chunked.even_chunks(8192, 896, 128)} == {768, 896}
 
 
 def test_default_chunks_keep_the_budget():
-    options = op._Options("forward_kl", 0.5, 1.0, None, None, True, torch.float32)
-    hidden = torch.empty(0, 8)
     for vocabulary in (1000, 49152, 128256):
-        rows, unit = op._chunk_rows(hidden, torch.empty(vocabulary, 8), torch.bfloat16, options)
-        assert rows % unit == 0 and 0.6 * op.CHUNK_BYTES < 2 * rows * vocabulary * 2 <= op.CHUNK_BYTES
+        rows, unit = chunked.chunk_rows(vocabulary, torch.bfloat16, None)
+        assert rows % unit == 0 and 0.6 * chunked.CHUNK_BYTES < 2 * rows * vocabulary * 2 <= chunked.CHUNK_BYTES
 
 
 @pytest.mark.parametrize(

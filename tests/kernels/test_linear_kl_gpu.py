@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_cases import relative_error, requires_cuda
 from linear_kl_cases import expected, inputs, leaves, row_options
-from posttrain_kernels.linear_kl import DIVERGENCES, linear_kl, linear_kl_reference, op
+from posttrain_kernels.linear_kl import DIVERGENCES, chunked, linear_kl, linear_kl_reference
 
 pytestmark = [pytest.mark.gpu, requires_cuda]
 
@@ -136,7 +136,7 @@ def test_autocast_with_fp32_weights_accumulates_in_fp32(logits_dtype, of_loss, o
 
 
 def test_bf16_without_triton_takes_the_torch_step(monkeypatch):
-    monkeypatch.setattr(op, "use_triton", lambda *_: False)
+    monkeypatch.setattr(chunked, "use_triton", lambda *_: False)
     tensors = inputs(300, 1000, 64, 96, dtype=torch.bfloat16)
     loss, _, _, grad_h, grad_w = _fp64(tensors, {})
     result, ours_h, ours_w = _ours(tensors, {}, chunk_tokens=128)
@@ -194,4 +194,4 @@ def test_memory_at_a_large_vocabulary():
     torch.cuda.reset_peak_memory_stats()
     linear_kl(student_h, student_w, *teacher).loss.backward()
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak < op.CHUNK_BYTES + student_w.nbytes + 4 * student_h.nbytes + 2**20
+    assert peak < chunked.CHUNK_BYTES + student_w.nbytes + 4 * student_h.nbytes + 2**20

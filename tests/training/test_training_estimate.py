@@ -128,9 +128,9 @@ def test_a_budget_buys_the_least_recomputation_that_fits():
 
 
 def test_logits_are_bounded_as_the_operator_bounds_them():
-    from posttrain_kernels.linear_kl import op
+    from posttrain_kernels.linear_kl import chunked
 
-    assert LOGITS_BYTES == op.CHUNK_BYTES
+    assert LOGITS_BYTES == chunked.CHUNK_BYTES
     arch = {**normalise(make_source("llama").config.to_dict()), "vocab_size": 128256}
     few, many = (training_memory(arch, 1000, 4096, chunk)["logits"] for chunk in (512, 4096))
     assert many == few <= 4 * (3 * 512 * 128256 + 2 * 128256 * arch["hidden_size"])

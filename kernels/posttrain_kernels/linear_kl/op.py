@@ -1,29 +1,22 @@
 """`linear_kl`: divergence of two models from hidden states and heads, over chunks of tokens, gradient taken forward.
 
 Four products with the vocabulary in all: both models' logits, and the two gradients of the student's. They are cuBLAS's
-(the CPU's BLAS); what lies between is one row step, in Triton on CUDA (`triton_rows.py`) and in torch elsewhere
-(`torch_rows.py`). `reference.py` is the contract, README.md counts passes and bytes.
+(the CPU's BLAS), taken a chunk at a time (`chunked.py`); what lies between is one row step, in Triton on CUDA
+(`triton_rows.py`) and in torch elsewhere (`torch_rows.py`). `reference.py` is the contract, README.md counts passes and
+bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from posttrain_kernels.dispatch import use_triton
+from posttrain_kernels.linear_kl import chunked
 from posttrain_kernels.linear_kl.inputs import check, check_rows, per_row
 from posttrain_kernels.linear_kl.torch_rows import TorchRows
-
-# Both models' logits of a chunk, together. At a vocabulary of 128,256 this leaves the operator under 1 GiB.
-CHUNK_BYTES = 480 * 2**20
-# Chunks are whole tiles of the matrix products: a tile of 128 rows that is half empty costs as much as a full one.
-CHUNK_UNIT = 128
-# The head's gradient of a bf16 head adds up in bf16, once a chunk. True: in fp32, for 4 more bytes a weight.
-WIDE_HEAD_GRADIENT = False
 
 
 class LinearKL(NamedTuple):
@@ -72,7 +65,7 @@ def linear_kl(
             `weights` and `label_weights` both give 0. The products still run on these rows.
         labels: `[N]` int64, the token to predict (already shifted), -100 for none; adds cross-entropy at temperature 1
             with `label_weights` `[N]`, default 1. Another label that is no token makes the loss NaN (CUDA) or raises.
-        chunk_tokens: most rows of logits at a time; default: what fits `CHUNK_BYTES`.
+        chunk_tokens: most rows of logits at a time; default: what fits `chunked.CHUNK_BYTES`.
         logits_dtype: type of the logits of bf16 operands: bf16 (default), rounded as an eager head's, or fp32. Logits
             of fp32 and fp64 operands have the operands' type.
 
@@ -123,19 +116,22 @@ class _LinearKL(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         need_h, need_w = (options.grad and needed for needed in ctx.needs_input_grad[:2])
-        product = _product_dtype(student_h, student_w, options.wide)
+        product = chunked.product_dtype(student_h, student_w, options.wide)
         with torch.autocast(student_h.device.type, enabled=False):
-            gradients = _Gradients(student_h, student_w, product, need_h, need_w, options.wide)
+            gradients = chunked.Gradients(student_h, student_w, product, need_h, need_w, options.wide)
             teacher_w = teacher_w.to(product)
             values = torch.empty_like(weights)
             ce = torch.empty_like(weights) if labels is not None else None
-            bounds = list(_chunks(weights.shape[0], *_chunk_rows(student_h, student_w, product, options)))
-            buffers = _buffers(student_h, student_w, product, options, max(map(len, bounds), default=0), labels)
+            narrow = chunked.logits_dtype(product, options.wide, options.logits_dtype)
+            most = chunked.chunk_rows(len(student_w), narrow, options.chunk_tokens)
+            bounds = list(chunked.even_chunks(len(weights), *most))
+            largest = max(map(len, bounds), default=0)
+            buffers = _buffers(student_h, student_w, product, narrow, options.wide, largest, labels)
             for chunk in bounds:
                 rows = slice(chunk.start, chunk.stop)
-                hidden, other = (_hidden(h[rows], product, keep, rows) for h in (student_h, teacher_h))
-                _product(hidden, gradients.head.t(), buffers.student[: len(chunk)])
-                _product(other, teacher_w.t(), buffers.teacher[: len(chunk)])
+                hidden, other = (chunked.kept_hidden(h[rows], product, keep, rows) for h in (student_h, teacher_h))
+                chunked.multiply(hidden, gradients.head.t(), buffers.student[: len(chunk)])
+                chunked.multiply(other, teacher_w.t(), buffers.teacher[: len(chunk)])
                 per_row = (None if row is None else row[rows] for row in (weights, keep, labels, label_weights))
                 values[rows], chunk_ce, grad = buffers.step(
                     *per_row,
@@ -150,9 +146,9 @@ class _LinearKL(torch.autograd.Function):
                     gradients.add(rows, hidden, grad)
         ctx.save_for_backward(*gradients.finish(student_w.dtype))
         ctx.set_materialize_grads(False)
-        loss = _weighted(values, weights)
+        loss = chunked.weighted_sum(values, weights)
         if ce is not None:
-            loss = loss + _weighted(ce, label_weights)
+            loss = loss + chunked.weighted_sum(ce, label_weights)
         ctx.mark_non_differentiable(*(out for out in (values, ce) if out is not None))
         return loss.to(options.wide), values, ce
 
@@ -161,121 +157,21 @@ class _LinearKL(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 9
-        # In place: a scaled copy of the head's gradient would be the operator's largest tensor a second time.
-        scaled = [None if grad is None else _scale(grad, grad_loss) for grad in ctx.saved_tensors]
+        scaled = [None if grad is None else chunked.scale_gradient(grad, grad_loss) for grad in ctx.saved_tensors]
         return *scaled, *(None,) * 7
 
 
-def _scale(grad: Tensor, factor: Tensor) -> Tensor:
-    if grad.dtype == torch.float64 or not use_triton(grad, factor):
-        return grad.mul_(factor.to(grad.dtype))
-    from posttrain_kernels.linear_kl.scale import scale_in_place
-
-    return scale_in_place(grad, factor)
-
-
-class _Gradients:
-    """The student's gradients, filled chunk by chunk; None where not needed."""
-
-    def __init__(
-        self, student_h: Tensor, student_w: Tensor, product: torch.dtype, need_h: bool, need_w: bool, wide: torch.dtype
-    ) -> None:
-        self.head = student_w.to(product)
-        self.h = torch.empty(student_h.shape, dtype=student_h.dtype, device=student_h.device) if need_h else None
-        narrow = student_w.dtype == product and student_w.is_cuda and not WIDE_HEAD_GRADIENT
-        self.w = student_w.new_empty(student_w.shape, dtype=product if narrow else wide) if need_w else None
-        self._wide, self._first = wide, True
-
-    def add(self, rows: slice, hidden: Tensor, grad: Tensor) -> None:
-        """`grad` `[C, V]` is the gradient to the logits of `hidden` `[C, Ds]`."""
-        if self.h is not None:
-            out = self.h[rows]
-            if out.dtype in (grad.dtype, self._wide):
-                _product(grad, self.head, out)
-            else:
-                out.copy_(grad @ self.head)
-        if self.w is not None:
-            # The first chunk writes: no pass to clear the gradient, none to read the zeros back.
-            (_product if self._first else _accumulate)(grad.t(), hidden, self.w)
-            self._first = False
-
-    def finish(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        if self.w is not None and self._first:
-            self.w.zero_()
-        return self.h, self.w.to(dtype) if self.w is not None else None
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """`out = left @ right`, in out's precision."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-
-
-def _accumulate(left: Tensor, right: Tensor, total: Tensor) -> None:
-    """`total += left @ right` without rounding the product first: bf16 products of chunks would bias the sum."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-
-
-def _product_dtype(hidden: Tensor, head: Tensor, wide: torch.dtype) -> torch.dtype:
-    """bf16 on CUDA under bf16 autocast or for bf16 hidden states; `wide` elsewhere, and where the row step is torch's.
-
-    On a CPU no product of bf16 operands gives fp32 results, and the torch row step has logits and gradients in `wide`.
-    """
-    if not hidden.is_cuda or not _on_triton(hidden, head, wide):
-        return wide
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
-    return dtype if dtype == torch.bfloat16 else wide  # fp16 would lose gradients of a mean over many tokens
-
-
-def _hidden(hidden: Tensor, product: torch.dtype, keep: Tensor | None, rows: slice) -> Tensor:
-    """A chunk's hidden states; zeros in rows left out, because 0 · NaN would reach the head's gradient."""
-    hidden = hidden.to(product)
-    return hidden if keep is None else torch.where(keep[rows].unsqueeze(1), hidden, 0)
-
-
-def _on_triton(student_h: Tensor, student_w: Tensor, wide: torch.dtype) -> bool:
-    return wide == torch.float32 and use_triton(student_h, student_w)
-
-
-def _logits_dtype(product: torch.dtype, options: _Options) -> torch.dtype:
-    return options.logits_dtype or product if product == torch.bfloat16 else options.wide
-
-
 def _buffers(
-    student_h: Tensor, student_w: Tensor, product: torch.dtype, options: _Options, rows: int, labels: Tensor | None
+    student_h: Tensor,
+    student_w: Tensor,
+    product: torch.dtype,
+    logits: torch.dtype,
+    wide: torch.dtype,
+    rows: int,
+    labels: Tensor | None,
 ) -> Any:
-    if not _on_triton(student_h, student_w, options.wide):
-        return TorchRows(rows, student_w.shape[0], options.wide, student_h.device, labels is not None)
+    if not chunked.on_triton(student_h, student_w, wide):
+        return TorchRows(rows, len(student_w), wide, student_h.device, labels is not None)
     from posttrain_kernels.linear_kl.triton_rows import TritonRows
 
-    return TritonRows(rows, student_w.shape[0], _logits_dtype(product, options), product, student_h.device)
-
-
-def _chunk_rows(student_h: Tensor, student_w: Tensor, product: torch.dtype, options: _Options) -> tuple[int, int]:
-    """(most rows of a chunk, the unit it is a multiple of)."""
-    most = max(1, CHUNK_BYTES // (2 * student_w.shape[0] * _logits_dtype(product, options).itemsize))
-    if options.chunk_tokens is not None:
-        most = min(most, max(1, options.chunk_tokens))
-    unit = min(most, CHUNK_UNIT)
-    return most // unit * unit, unit
-
-
-def _chunks(count: int, most: int, unit: int) -> Iterator[range]:
-    """Rows in chunks of at most `most`, whole units (but for the last rows) and as even as they can be."""
-    units = -(-count // unit)
-    chunks = -(-units * unit // most)
-    if not chunks:
-        return
-    starts = [index * units // chunks * unit for index in range(chunks)]
-    for start, stop in zip(starts, [*starts[1:], count], strict=True):
-        yield range(start, stop)
-
-
-def _weighted(values: Tensor, weights: Tensor) -> Tensor:
-    """Σ weights · values in fp64, where a weight of 0 silences a value that is not finite."""
-    return torch.where(weights != 0, values.double() * weights, 0.0).sum()
+    return TritonRows(rows, len(student_w), logits, product, student_h.device)

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from posttrain_kernels.linear_kl import IGNORE, LinearKL
-from posttrain_kernels.linear_kl import op as linear
+from posttrain_kernels.linear_kl import IGNORE, LinearKL, chunked
 from torch import Tensor
 
 
@@ -47,18 +46,18 @@ def teacher_top_k(hidden: Tensor, head: Tensor, k: int, temperature: float, chun
     Operands are bf16 as in `linear_kl`, logits fp32 (fp64 for fp64 input). At most `chunk_tokens` rows of logits exist.
     """
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    product = linear._product_dtype(hidden, head, wide)
+    product = chunked.product_dtype(hidden, head, wide)
     ids = torch.empty(len(hidden), k, dtype=torch.int32, device=hidden.device)
     logprobs = torch.empty(len(hidden), k + 1, dtype=wide, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         head = head.to(product)
-        most = max(1, min(chunk_tokens, len(hidden), linear.CHUNK_BYTES // (len(head) * wide.itemsize)))
+        most = max(1, min(chunk_tokens, len(hidden), chunked.CHUNK_BYTES // (len(head) * wide.itemsize)))
         buffer = torch.empty(most, len(head), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), most):
             rows = slice(start, start + most)
             part = hidden[rows].to(product)
             logits = buffer[: len(part)]
-            linear._product(part, head.t(), logits)
+            chunked.multiply(part, head.t(), logits)
             top = logits.div_(temperature).topk(k)
             rest = _log_rest(logits, top.indices)[0].unsqueeze(1)
             kept = torch.cat([top.values, rest], 1)  # [C, k + 1]
@@ -104,7 +103,7 @@ def linear_top_k_kl(
 
 @dataclass(frozen=True)
 class _Options:
-    """Fields that `linear_kl`'s own have too, whose chunks and types are taken from them."""
+    """What the autograd function needs beside tensors; `wide` is the type of values and sums."""
 
     temperature: float
     chunk_tokens: int | None
@@ -131,20 +130,21 @@ class _LinearTopK(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         wide = options.wide
         need_h, need_w = (options.grad and needed for needed in ctx.needs_input_grad[:2])
-        product = linear._product_dtype(student_h, student_w, wide)
+        product = chunked.product_dtype(student_h, student_w, wide)
         with torch.autocast(student_h.device.type, enabled=False):
-            gradients = linear._Gradients(student_h, student_w, product, need_h, need_w, wide)
+            gradients = chunked.Gradients(student_h, student_w, product, need_h, need_w, wide)
             values = torch.empty_like(weights)
             ce = torch.empty_like(weights) if labels is not None else None
-            chunks = list(linear._chunks(len(weights), *linear._chunk_rows(student_h, student_w, product, options)))
+            narrow = chunked.logits_dtype(product, wide, options.logits_dtype)
+            bounds = chunked.chunk_rows(len(student_w), narrow, options.chunk_tokens)
+            chunks = list(chunked.even_chunks(len(weights), *bounds))
             most = max(map(len, chunks), default=0)
-            narrow = linear._logits_dtype(product, options)
             buffer = torch.empty(most, len(student_w), dtype=narrow, device=student_h.device)
             for chunk in chunks:
                 rows = slice(chunk.start, chunk.stop)
-                hidden = linear._hidden(student_h[rows], product, keep, rows)
+                hidden = chunked.kept_hidden(student_h[rows], product, keep, rows)
                 logits = buffer[: len(chunk)]
-                linear._product(hidden, gradients.head.t(), logits)
+                chunked.multiply(hidden, gradients.head.t(), logits)
                 logits, grad = logits.to(wide), None
                 if ce is not None:
                     found, grad = _cross_entropy(logits, labels[rows], label_weights[rows])
@@ -155,9 +155,9 @@ class _LinearTopK(torch.autograd.Function):
                     gradients.add(rows, hidden, (logits if grad is None else logits.add_(grad)).to(product))
         ctx.save_for_backward(*gradients.finish(student_w.dtype))
         ctx.set_materialize_grads(False)
-        loss = linear._weighted(values, weights)
+        loss = chunked.weighted_sum(values, weights)
         if ce is not None:
-            loss = loss + linear._weighted(ce, label_weights)
+            loss = loss + chunked.weighted_sum(ce, label_weights)
         ctx.mark_non_differentiable(*(out for out in (values, ce) if out is not None))
         return loss.to(wide), values, ce
 
@@ -166,7 +166,7 @@ class _LinearTopK(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 9
-        scaled = [None if grad is None else linear._scale(grad, grad_loss) for grad in ctx.saved_tensors]
+        scaled = [None if grad is None else chunked.scale_gradient(grad, grad_loss) for grad in ctx.saved_tensors]
         return *scaled, *(None,) * 7
 
 
