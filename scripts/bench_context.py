@@ -26,7 +26,7 @@ from rollout_parts import time_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.harness import _version
+from benchmarks.harness import package_version
 from benchmarks.results import write_rows
 from posttrain.generation import DecodeEngine
 from posttrain.models.architecture import cache_bytes_per_token, normalise
@@ -59,7 +59,8 @@ def main() -> None:
                     row = {"operator": "decode_context", "dtype": "bfloat16", "implementation": _label(options, name)}
                     row |= {"shape": f"{options.shape} (random weights) B{batch} S{context}", "direction": "step"}
                     row |= {"median_ms": found["ms"], "peak_mib": found["gib"] * 1024, "limit_ms": found["limit_ms"]}
-                    row |= {"correct": None, "gpu": gpu, "torch": torch.__version__, "triton": _version("triton")}
+                    versions = {"torch": torch.__version__, "triton": package_version("triton")}
+                    row |= {"correct": None, "gpu": gpu, **versions}
                     write_rows(Path(options.out) / "decode_context.csv", [{**row, "date": date}])
         del model
         gc.collect()

@@ -304,12 +304,12 @@ def _write_csv(options: argparse.Namespace, rows: list[dict[str, Any]], gpu: str
 
     The first step runs before anything is captured, the last after. Empty where no stock variant has run yet.
     """
-    from benchmarks.harness import _version
+    from benchmarks.harness import package_version
     from benchmarks.results import write_rows
 
     name = Path(options.model).name if options.model else f"{options.shape}_random"
     fixed = {"operator": "distill_step", "shape": f"{name} {options.batch}x{options.sequence}", "dtype": "bf16"}
-    versions = {"gpu": gpu, "torch": torch.__version__, "triton": _version("triton"), "date": options.date}
+    versions = {"gpu": gpu, "torch": torch.__version__, "triton": package_version("triton"), "date": options.date}
     write_rows(
         Path(options.csv) / "distill_step.csv",
         [

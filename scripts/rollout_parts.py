@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.ceilings import Ceilings
+from benchmarks.timing import captured
 from posttrain.generation import DecodeEngine, Sampling
 
 
@@ -42,15 +43,7 @@ def step_parts(
 def time_of(call: Callable[[], None], device: torch.device, calls: int) -> float:
     """ms of a call; on a GPU captured, as the engine runs it."""
     if device.type == "cuda":
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        call = graph.replay
+        call = captured(call)
     call()
     times = []
     for _ in range(3):

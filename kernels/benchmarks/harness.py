@@ -96,7 +96,7 @@ class Run:
         return {
             "gpu": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": package_version("triton"),
             "date": self.date,
         }
 
@@ -236,7 +236,8 @@ def _forget(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -49,7 +49,7 @@ def measure(
     """
     run()
     if graph_calls and device.type == "cuda":
-        run = _captured(run, graph_calls)
+        run = captured(run, graph_calls)
     else:
         graph_calls = 0
     once = _timed_calls(run, device, 3, flush)[-1]
@@ -59,6 +59,20 @@ def measure(
     return Timing(
         statistics.median(times), times[len(times) // 10], times[len(times) - 1 - len(times) // 10], len(times)
     )
+
+
+def captured(run: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
+    """What replays a CUDA graph of that many calls of `run`, which has run once on a side stream before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return graph.replay
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
@@ -113,16 +127,3 @@ def _host_call(run: Callable[[], Any]) -> float:
 
 def _count(budget_ms: float, once_ms: float, least: int, most: int) -> int:
     return max(least, min(most, round(budget_ms / max(once_ms, 1e-3))))
-
-
-def _captured(run: Callable[[], Any], calls: int) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    return graph.replay

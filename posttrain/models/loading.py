@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from posttrain.errors import StageError
 from posttrain.models.inspect import TOKENIZER, check_model_folder
+from posttrain.pipeline.files import sync_file, sync_folder
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
@@ -188,11 +189,7 @@ def _equal(written: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 def _flush(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        (sync_folder if path.is_dir() else sync_file)(path)
 
 
 def _move_in(scratch: Path, folder: Path) -> None:
@@ -206,8 +203,4 @@ def _move_in(scratch: Path, folder: Path) -> None:
         if file.is_dir():
             shutil.rmtree(folder / file.name, ignore_errors=True)
         os.replace(file, folder / file.name)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)

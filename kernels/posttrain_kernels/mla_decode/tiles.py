@@ -42,18 +42,19 @@ class Tile:
 
 
 TILES: dict[tuple[int, int], Tile] = {
-    (128, 16): Tile(16, 64, 4, 4, slots_first=True, tma=True, resident=2),
-    (128, 32): Tile(32, 64, 4, 4, slots_first=True, tma=True, resident=2),
-    (128, 64): Tile(64, 64, 4, 3, tma=True, resident=2),
+    (128, 16): Tile(16, 64, 4, 4, resident=2),
+    (128, 32): Tile(32, 128, 4, 4, slots_first=True),
+    (128, 64): Tile(64, 64, 4, 4, resident=2),
     (128, 128): Tile(128, 64, 8, 3, tma=True),
     (256, 16): Tile(16, 64, 4, 3, slots_first=True, tma=True),
     (256, 32): Tile(32, 64, 4, 3, slots_first=True, tma=True),
     (256, 64): Tile(64, 64, 4, 3, tma=True),
-    (512, 16): Tile(16, 64, 4, 2, slots_first=True, tma=True),
-    (512, 32): Tile(32, 64, 4, 2, slots_first=True, tma=True),
+    (512, 16): Tile(16, 32, 4, 3),
     (512, 64): Tile(64, 64, 8, 2, tma=True, gluon=True),
 }
-"""By padded latent width (at most) and by query heads (at most; more heads are several programs). 16-bit caches."""
+"""By padded latent width (at most) and by query heads (at most; more heads are several programs). 16-bit caches.
+
+128 and 512 are the fastest of `scripts/tune_mla_decode.py` over batches 1 to 64 on an H100; 256 is by analogy."""
 WIDE_ELEMENTS = Tile(16, 16, 8, 1)
 """Of fp32 caches: right, not fast."""
 
