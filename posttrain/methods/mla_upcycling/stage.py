@@ -262,5 +262,6 @@ def _forward_bytes(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> in
 
 def _plan_bytes(shape: MlaShape) -> int:
     expansion = shape.kv_heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+    rotary = shape.qk_rope_head_dim * shape.source_elements
     query = 2 * (shape.q_lora_rank or 0) * shape.heads * shape.head_dim
-    return 4 * shape.layers * (shape.kv_lora_rank * (shape.source_elements + expansion) + query)
+    return 4 * shape.layers * (shape.kv_lora_rank * (shape.source_elements + expansion) + rotary + query)
