@@ -70,7 +70,7 @@ def test_a_tile_fits_a_multiprocessor(heads, rank):
 def test_tiles_of_a_width_are_ordered_by_heads():
     for width, heads in TILES:
         assert choose_tile(heads, width) == TILES[width, heads]
-    assert choose_tile(17, 512).heads == 32 and choose_tile(500, 512).heads == 64
+    assert choose_tile(16, 512).heads == 16 and choose_tile(17, 512).heads == choose_tile(500, 512).heads == 64
     assert choose_tile(4, 64, itemsize=4).slots == 16
 
 
