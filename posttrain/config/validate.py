@@ -228,15 +228,17 @@ class Checker:
         return next((found for path in paths if (found := self.origins.deleted(path)) is not None), None)
 
     def _orphan(self, path: KeyPath, reference: str, deleted: Argument) -> Problem:
-        """The problem of an input whose stage was deleted; `path` is `stages.NAME.inputs.INPUT`."""
-        from posttrain.pipeline.graph import valid_references
+        """The problem of an input whose stage was deleted; `path` is `stages.NAME.inputs.INPUT`, or a source's."""
+        from posttrain.pipeline.graph import section_of, valid_references
 
-        consumer = str(path[1])
+        consumer = ".".join(map(str, path[1:-2] if path[0] == "stages" else path[:-2]))
         spec = self.pairs[consumer][0].inputs.get(str(path[-1]))
         others = valid_references(self.pairs, spec.type if spec else None)
         fitting = [other for other in others if not other.startswith(f"{consumer}.")]
         what = f"'{reference}' is the input {path[-1]} of stage {consumer}, but `{deleted.text}` removed it"
-        fix = f"write {'.'.join(map(str, path))}={fitting[0]}, or ~stages.{consumer}" if fitting else "leave it out"
+        fix = (
+            f"write {'.'.join(map(str, path))}={fitting[0]}, or ~{section_of(consumer)}" if fitting else "leave it out"
+        )
         return Problem(what, deleted.where, fix)
 
     def _value(self, path: KeyPath) -> Any:

@@ -72,11 +72,13 @@ def valid_references(stages: Stages, type_: str | None = None) -> list[str]:
 def check_references(stages: Stages) -> list[Problem]:
     """Everything that is wrong with the stages' inputs, with the nearest valid reference; empty when all is well.
 
-    Reports unknown stages, outputs, splits and input names, missing inputs, wrong artifact types and cycles.
+    Reports unknown stages, outputs, splits and input names, missing inputs, wrong artifact types and cycles. Sources
+    that nobody uses are left out of a run, and so of this.
     """
     problems: list[Problem] = []
+    used = {edge.stage for name in stages for edge in edges_of(name, stages).values()}
     for name, (stage, cfg) in stages.items():
-        if is_source(name):
+        if is_source(name) and name not in used:
             continue
         for input_name, reference in cfg.inputs.items():
             problem = _check_input(name, stage, input_name, reference, stages)
@@ -90,7 +92,7 @@ def check_references(stages: Stages) -> list[Problem]:
         problems.append(
             Problem(
                 f"stages wait for each other: {' → '.join(cycle)}",
-                f"stages.{cycle[0]}.inputs",
+                f"{section_of(cycle[0])}.inputs",
                 "let one of them take its input from an earlier stage",
             )
         )
@@ -98,11 +100,11 @@ def check_references(stages: Stages) -> list[Problem]:
 
 
 def _check_input(name: str, stage: Stage, input_name: str, reference: str, stages: Stages) -> Problem | None:
-    where = f"stages.{name}.inputs.{input_name}"
+    where = f"{section_of(name)}.inputs.{input_name}"
     if input_name not in stage.inputs:
         known = ", ".join(stage.inputs) or "none"
         near = nearest(input_name, stage.inputs)
-        fix = f"write stages.{name}.inputs.{near}" if near else f"remove it; stage {name} takes: {known}"
+        fix = f"write {section_of(name)}.inputs.{near}" if near else f"remove it; stage {name} takes: {known}"
         return Problem(f"stage {name} ({stage.type}) has no input '{input_name}'; its inputs are: {known}", where, fix)
     wanted = stage.inputs[input_name].type
     found = resolve(reference, stages)

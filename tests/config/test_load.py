@@ -10,12 +10,12 @@ from posttrain.config import load_recipe, load_resolved, validate_mapping
 from posttrain.config.documents import load_document
 from posttrain.errors import RecipeError
 
-STAGES = ["upcycle", "evaluate_converted", "distill", "evaluate"]
+STAGES = ["upcycle", "evaluate_converted", "distill", "prefer", "evaluate"]
 
 
 def test_stages_and_sources_carry_their_types() -> None:
     recipe = load_recipe("x_ecomla")
-    assert list(recipe.stages) == ["model", "data", *STAGES]
+    assert list(recipe.stages) == ["model", "data", "datasets.pairs", *STAGES]
     assert [recipe.stages[name].type for name in ("model", "data", "upcycle", "evaluate")] == [
         "model_source",
         "data_source",
@@ -66,7 +66,7 @@ def test_further_sources_and_stages_with_or_without_a_plus(plus: str) -> None:
 
 
 def test_a_stage_can_be_deleted_with_what_needs_it() -> None:
-    recipe = load_recipe("x_ecomla", ["~stages.distill", "~stages.evaluate"])
+    recipe = load_recipe("x_ecomla", ["~stages.distill", "~stages.prefer", "~stages.evaluate"])
     assert [name for name in recipe.stages if name in STAGES] == ["upcycle", "evaluate_converted"]
 
 

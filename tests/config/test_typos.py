@@ -13,9 +13,10 @@ from posttrain.config import load_recipe
 from posttrain.config.catalogue import options
 from posttrain.config.schema import Frame
 from posttrain.errors import Problem, RecipeError
+from posttrain.pipeline.graph import is_source, section_of
 
 RECIPE = load_recipe("x_ecomla", ["scale=smoke"])
-STAGES = [name for name in RECIPE.stages if name not in ("model", "data")]
+STAGES = [name for name in RECIPE.stages if not is_source(name)]
 KEYS = [
     (name, key) for name in STAGES for key in type(RECIPE.stages[name]).model_fields if key != "type" and len(key) > 3
 ]
@@ -103,15 +104,15 @@ def test_a_slip_in_a_sections_key(data: st.DataObject) -> None:
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_slip_in_a_reference(data: st.DataObject) -> None:
-    stage = data.draw(st.sampled_from(STAGES))
+    stage = data.draw(st.sampled_from([*STAGES, "datasets.pairs"]))
     name, reference = data.draw(st.sampled_from(sorted(RECIPE.stages[stage].inputs.items())))
     typed = data.draw(slips(reference))
     if typed == reference:
         return
-    argument = f"stages.{stage}.inputs.{name}={typed}"
+    argument = f"{section_of(stage)}.inputs.{name}={typed}"
     problem = one_problem([argument])
     assert problem.where == argument
-    assert problem.fix.startswith(f"write stages.{stage}.inputs.{name}=")
+    assert problem.fix.startswith(f"write {section_of(stage)}.inputs.{name}=")
 
 
 FORMS = ("{}", "stages.distill.lr={}", "model={}", "stages.{}=1", "description={}", "~stages.{}", "model@{}=tiny")

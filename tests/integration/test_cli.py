@@ -57,25 +57,26 @@ def test_run_again_is_cached(copied: Path) -> None:
     posttrain(*RUN, cwd=copied)
     new = events(copied / "outputs")[before:]
     assert {item["event"] for item in new} <= {"run_started", "stage_cached", "run_finished"}
-    assert sum(item["event"] == "stage_cached" for item in new) == 6
+    assert sum(item["event"] == "stage_cached" for item in new) == 8
 
 
 def test_plan_says_what_reruns_and_why(copied: Path) -> None:
     assert all(stage["status"] == "cached" for stage in plan_of(cwd=copied).values())
     changed = plan_of("stages.distill.lr=0.002", cwd=copied)
-    assert {name for name, stage in changed.items() if stage["status"] != "cached"} == {"distill", "evaluate"}
+    rerun = {name for name, stage in changed.items() if stage["status"] != "cached"}
+    assert rerun == {"distill", "datasets.pairs", "prefer", "evaluate"}
     assert changed["distill"]["reasons"] == ["lr 0.001 → 0.002"]
-    assert changed["evaluate"]["reasons"] == ["parent distill changed"]
+    assert changed["evaluate"]["reasons"] == ["parent prefer changed"]
     for override in ("tracker=wandb", "engine=cpu", "stages.distill.micro_batch_size=1", "run.name=other"):
         assert all(stage["status"] == "cached" for stage in plan_of(override, cwd=copied).values()), override
 
 
 def test_until_only_from_and_force(copied: Path) -> None:
     outputs = copied / "outputs"
-    for type_ in ("distill", "evaluate"):
+    for type_ in ("distill", "preference", "evaluate"):
         shutil.rmtree(outputs / "store" / type_)
     done = posttrain(*RUN, "--only", "evaluate", cwd=copied, check=False)
-    assert done.returncode == 2 and "distill" in done.stderr
+    assert done.returncode == 2 and "prefer" in done.stderr
     posttrain(*RUN, "--until", "evaluate_converted", cwd=copied)
     assert not (outputs / "store" / "distill").exists()
     posttrain(*RUN, "--only", "evaluate_converted", "--force", "evaluate_converted", cwd=copied)

@@ -27,6 +27,7 @@ RUN = [
     "x_ecomla",
     "scale=demo",
     "~stages.evaluate_converted",
+    "~stages.prefer",
     "~stages.evaluate",
     "stages.distill.max_steps=4",
     "stages.distill.tokens_per_step=256",

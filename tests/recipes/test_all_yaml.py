@@ -29,6 +29,17 @@ def graph(recipe: str, *overrides: str) -> Graph:
     return Graph({name: (registry.stage(config.type), config) for name, config in stages.items()})
 
 
+def own_datasets(recipe: str) -> list[tuple[str, str]]:
+    """Sections of the further data sets that a recipe adds by name: nobody else chooses an option for them."""
+    chosen = [
+        key
+        for entry in load_document(paths.shipped("recipes") / f"{recipe}.yaml").data["defaults"]
+        if isinstance(entry, dict)
+        for key in entry
+    ]
+    return [("datasets", key.removeprefix("data@datasets.")) for key in chosen if key.startswith("data@datasets.")]
+
+
 @pytest.mark.parametrize("recipe", NAMES)
 def test_a_recipe_composes_with_every_model_and_data(recipe: str) -> None:
     for model, data in product(names("model"), names("data")):
@@ -56,16 +67,17 @@ def test_only_smoke_may_choose_another_model_or_data(recipe: str) -> None:
         arguments, problems = parse((entry, entry) for entry in entries)
         assert not problems
         for argument in arguments:
-            assert argument.path[0] == "stages" or (scale == "smoke" and argument.key in ("model", "data")), (
-                argument.text
-            )
+            size = argument.path[0] == "stages" or argument.path[:2] in own_datasets(recipe) and len(argument.path) > 2
+            assert size or (scale == "smoke" and argument.key in ("model", "data")), argument.text
             assert argument.key != "stage", "a scale changes sizes, not what the recipe does"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipes_body_sets_stages_and_scales_only(path: Path) -> None:
+def test_a_recipes_body_sets_stages_scales_and_its_own_datasets_only(path: Path) -> None:
     data = load_document(path).data
-    assert set(data) <= {"defaults", "description", "stages", "scales"}, "fields of a group leak into other options"
+    known = {"defaults", "description", "datasets", "stages", "scales"}
+    assert set(data) <= known, "fields of a group leak into other options"
+    assert {("datasets", name) for name in data.get("datasets", {})} <= set(own_datasets(path.stem))
     assert data["description"]
     assert data["defaults"][0] == "base" and data["defaults"][-1] == "_self_"
 
