@@ -27,13 +27,20 @@ ARMS: dict[str, dict[str, Any]] = {
         "objective": "attention",
         "rank_allocation": "water_fill",
     },
+    "attention_uniform": {**_ROROPE, "latent_plan": "bkv", "objective": "attention"},
+    "activation_filled": {
+        **_ROROPE,
+        "latent_plan": "bkv",
+        "objective": "activation",
+        "rank_allocation": "water_fill",
+    },
     "fastest": {"rotary_plan": "paired", "latent_plan": "bkv", "objective": "activation"},
     "fastest_32": {"rotary_plan": "paired", "latent_plan": "bkv", "objective": "activation", "qk_rope_head_dim": 32},
 }
 """`xeco`: as published. `paired`: whole rotary pairs, mean key, SVD of the weights. `rorope_*`: TransMLA's key, plain
 or balanced PCA of activations. `activation_aware`: the same key, errors weighted by queries and output projection,
-ranks water-filled over the layers. `fastest`: the fastest pairs and a principal key; `fastest_32` with a rotary key
-twice as wide at the same budget, which is what the stage does by default."""
+ranks water-filled over the layers; `attention_uniform` and `activation_filled` make one of its two changes each.
+`fastest`: the fastest pairs and a principal key; `fastest_32` with a rotary key twice as wide at the same budget."""
 
 
 def settings(arm: str, budget: int) -> dict[str, Any]:
