@@ -8,6 +8,7 @@ without a bar; the dashed line is the physical limit.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -50,14 +51,14 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cases = [(key, list(group)) for key, group in groupby(sorted(rows, key=_case), key=_case)]
+    cases = [(key, list(group)) for key, group in groupby(sorted(rows, key=_order), key=_case)]
     heights = [1.0 + 0.32 * sum(_lines(row) for row in group) for _, group in cases]
     figure, axes = plt.subplots(
         len(cases), 1, figsize=(8, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
     for axis, (key, group) in zip(axes[:, 0], cases, strict=True):
         _panel(axis, group)
-        axis.set_title("  ".join(key), fontsize=9, loc="left")
+        axis.set_title("  ".join(key), fontsize=8, loc="left")
     axes[-1, 0].set_xlabel("median time, ms (label: ms and peak MiB above the inputs)", fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,11 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
 
 def _case(row: Row) -> tuple[str, ...]:
     return tuple(row[column] for column in ("operator", "shape", "dtype", "direction", "gpu"))
+
+
+def _order(row: Row) -> list[tuple[str, int]]:
+    """Cases by name, numbers in them by value."""
+    return [(words, int(number or 0)) for words, number in re.findall(r"(\D+)(\d*)|$", "  ".join(_case(row)))]
 
 
 def _panel(axis: Any, rows: Sequence[Row]) -> None:
