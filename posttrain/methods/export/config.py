@@ -21,7 +21,8 @@ class ExportConfig(StageConfig):
     loader: Literal["transformers", "vllm"] = Field(
         "transformers",
         description="Who will load a deepseek_v3 export: transformers gives the latent norms eps 1e-6 whatever the "
-        "config says, vllm (and SGLang) give them rms_norm_eps. The wrong one is off by the root of the ratio.",
+        "config says, vllm (and SGLang) give them rms_norm_eps and know rope_type default only. The wrong one is off "
+        "by the root of the ratio.",
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Data type of the written weights; null: as the input is stored."
@@ -29,9 +30,12 @@ class ExportConfig(StageConfig):
     pad_ranks: bool = Field(
         False, description="Pad per-layer ranks with zeros to the largest: exact, but the cache grows to it."
     )
-    norm_scale_bits: int = Field(
-        24,
-        ge=16,
-        le=40,
-        description="s = 2^-bits of the epsilon-linearised norms; more bits for latents of large magnitude.",
+    norm_scale_bits: int | None = Field(
+        None,
+        ge=8,
+        le=64,
+        description="s = 2^-bits of the epsilon-linearised norms. null: as many as make each norm a constant to fp32 "
+        "rounding for every input, from a bound on the latents that follows from the weights.",
     )
+    max_documents: int = Field(8, gt=0, description="Documents of the input `data` that are measured.")
+    max_tokens: int = Field(512, gt=1, description="Tokens of each of those documents that are measured.")

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, StageError
 from posttrain.methods.export.config import ExportConfig
 from posttrain.methods.export.exact import latent_eps, obstacles, stock_rope
 from posttrain.models.architecture import normalise
@@ -25,6 +25,10 @@ _COPIED = (
     "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
     "tie_word_embeddings attention_dropout qk_nope_head_dim qk_rope_head_dim v_head_dim dtype"
 ).split()
+FRACTION_BITS = 24
+"""Of fp32: a relative error of 2^-25 is half a unit in the last place."""
+SMALLEST = 2.0**-100
+"""Far enough above the smallest normal number (2^-126) of fp32 and bf16 that scaled weights keep their precision."""
 
 
 @torch.no_grad()
@@ -37,25 +41,60 @@ def to_deepseek(model: PreTrainedModel, cfg: ExportConfig, *, linearise: bool = 
         RecipeError: it would not be the same function.
     """
     arch = normalise(model.config.to_dict())
-    if problems := obstacles(arch, cfg):
+    if problems := obstacles(arch, cfg, str(model.dtype)):
         raise RecipeError(problems=problems)
     config = _config(model.config, stock_rope(arch))
     with torch.device(model.device), no_init_weights():
         stock = DeepseekV3ForCausalLM._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
+    bits = scale_bits(model, cfg) if linearise and not model.config.qk_latent_layernorm else None
     state = dict(model.state_dict())
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.self_attn."
         block = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
         block = _attention(block, model.config, config)
         if not model.config.qk_latent_layernorm:
-            block |= _norms(block, config, cfg, linearise)
+            block |= _norms(block, config, cfg, bits)
         state |= {prefix + name: tensor for name, tensor in block.items()}
     stock.load_state_dict(state)
     stock.tie_weights()
     stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.eval()
+
+
+@torch.no_grad()
+def scale_bits(model: PreTrainedModel, cfg: ExportConfig) -> int:
+    """`norm_scale_bits`, or the fewest with which no input makes a latent norm differ from a constant in fp32.
+
+    A block's input is an RMS-normed vector: x = g·u with |u|² <= D. A latent W x then has a mean square of at most
+    M = |W diag(g)|_F² D / r, and a norm of eps is the constant eps^(-1/2) up to a factor 1 - s² M / (2 eps).
+
+    Raises:
+        RecipeError: latents so large that scaled weights would leave the range of fp32 and bf16.
+    """
+    if cfg.norm_scale_bits is not None:
+        return cfg.norm_scale_bits
+    eps, bits, smallest = latent_eps(model.config.rms_norm_eps, cfg.loader), 16, math.inf
+    for layer in model.model.layers:
+        gain, rope = layer.input_layernorm.weight.double(), model.config.qk_rope_head_dim
+        downs = [layer.self_attn.kv_a_proj_with_mqa.weight[:-rope]]
+        downs += [layer.self_attn.q_a_proj.weight] if layer.self_attn.query_rank is not None else []
+        for down in downs:
+            square = (down.double() * gain).square().sum().item() * down.shape[1] / len(down)
+            if not math.isfinite(square):
+                fix = "look at the stage that made the model"
+                raise StageError("weights that are not finite", "to=deepseek_v3", fix)
+            bits = max(bits, math.ceil(math.log2(max(square, eps) * 2.0**FRACTION_BITS / eps) / 2))
+            smallest = min(smallest, down.double().square().mean().sqrt().item() or math.inf)
+    if not smallest * 2.0**-bits >= SMALLEST:
+        raise RecipeError(
+            f"latents this large need norm_scale_bits={bits}, and weights of {smallest:.1e} times 2^-{bits} leave the "
+            "range of fp32 and bf16",
+            where="to=deepseek_v3",
+            fix="use to=native",
+        )
+    return bits
 
 
 def _config(source: Any, rope: dict[str, Any]) -> DeepseekV3Config:
@@ -74,6 +113,8 @@ def _config(source: Any, rope: dict[str, Any]) -> DeepseekV3Config:
         rope_parameters=rope,
     )
     config.num_nextn_predict_layers = 0
+    # Loaders from before `rope_parameters` look here and would take 10000 otherwise.
+    config.rope_theta = rope["rope_theta"]
     return config
 
 
@@ -103,10 +144,13 @@ def _attention(block: dict[str, Tensor], source: Any, config: DeepseekV3Config) 
     return block
 
 
-def _norms(block: dict[str, Tensor], config: Any, cfg: ExportConfig, linearise: bool) -> dict[str, Tensor]:
-    """Epsilon-linearised norms: latents times s, weight sqrt(eps)/s, so that the divisor is the constant sqrt(eps)."""
-    s = 2.0**-cfg.norm_scale_bits if linearise else 1.0
-    weight = math.sqrt(latent_eps(config.rms_norm_eps, cfg.loader)) / s if linearise else 1.0
+def _norms(block: dict[str, Tensor], config: Any, cfg: ExportConfig, bits: int | None) -> dict[str, Tensor]:
+    """Epsilon-linearised norms: latents times s, weight sqrt(eps)/s, so that the divisor is the constant sqrt(eps).
+
+    `bits` None leaves both one.
+    """
+    s = 1.0 if bits is None else 2.0**-bits
+    weight = 1.0 if bits is None else math.sqrt(latent_eps(config.rms_norm_eps, cfg.loader)) / s
     down = block["kv_a_proj_with_mqa.weight"].clone()
     down[: config.kv_lora_rank] *= s
     made = {"kv_a_proj_with_mqa.weight": down, "kv_a_layernorm.weight": down.new_full((config.kv_lora_rank,), weight)}

@@ -11,6 +11,7 @@ from posttrain.methods.export.config import ExportConfig
 TRANSFORMERS_EPS = 1e-6
 """What transformers' DeepSeek-V3 gives its latent norms, whatever `rms_norm_eps` is."""
 _NATIVE = "use to=native"
+_WHERE = "to=deepseek_v3"
 _BIASES = ("attention_bias", "attention_out_bias", "latent_bias", "latent_out_bias", "mlp_bias")
 
 
@@ -32,9 +33,12 @@ def stock_rope(arch: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Every c-th frequency of a width c·d_r is the whole set of width d_r at the same theta (default, linear, llama3);
     the first d_r/2 are those of theta^(d_r/d_h), which only the default type can use: llama3 would scale it anew.
+    Rotary settings of the latent layers' own are those of a head of width d_r already.
     """
     rope, width, head_dim = dict(arch["rope_parameters"]), arch["qk_rope_head_dim"], arch["head_dim"]
-    if arch.get("latent_rope_parameters") is not None or rope["rope_type"] not in ("default", "linear", "llama3"):
+    if (own := arch.get("latent_rope_parameters")) is not None:
+        return dict(own)
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
         return None
     kept = kept_frequencies(arch)
     if head_dim % width == 0 and kept == [index * (head_dim // width) for index in range(width // 2)]:
@@ -44,37 +48,55 @@ def stock_rope(arch: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def obstacles(arch: Mapping[str, Any], cfg: ExportConfig) -> list[Problem]:
-    """Why a `deepseek_v3` export would not be exact, each with a remedy; empty where it is."""
-    where = "to=deepseek_v3"
+def obstacles(arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None = None) -> list[Problem]:
+    """Why a `deepseek_v3` export would not be exact, each with a remedy; empty where it is.
+
+    `dtype` is what the input is stored in, where that is known.
+    """
     if arch["model_type"] != "upcycled" or set(arch.get("mixers") or ()) != {"latent_attention"}:
         return [
             Problem(
                 "not every layer has latent attention: DeepSeek-V3 has nothing else",
-                where,
+                _WHERE,
                 f"convert all layers, or {_NATIVE}",
             )
         ]
     found = []
     if biased := [name for name in _BIASES if arch.get(name)]:
-        found.append(Problem(f"DeepSeek-V3 has no place for {', '.join(biased)}", where, _NATIVE))
+        found.append(Problem(f"DeepSeek-V3 has no place for {', '.join(biased)}", _WHERE, _NATIVE))
     if arch.get("qk_norm"):
-        found.append(Problem("DeepSeek-V3 has no QK-norm on its heads", where, _NATIVE))
+        found.append(Problem("DeepSeek-V3 has no QK-norm on its heads", _WHERE, _NATIVE))
     for name in ("kv_lora_rank", "q_lora_rank"):
         found += _rank_problems(arch, name, cfg.pad_ranks)
-    if stock_rope(arch) is None:
-        found.append(
-            Problem(
-                f"no stock rotary embedding of width {arch['qk_rope_head_dim']} turns by the kept frequencies "
-                f"{kept_frequencies(arch)} of rope_type {arch['rope_parameters']['rope_type']}",
-                where,
-                f"convert with rotary_pairs=uniform and a qk_rope_head_dim that divides head_dim, or {_NATIVE}",
-            )
+    found += _rope_problems(arch, cfg.loader)
+    return found + _norm_problems(arch, cfg, dtype)
+
+
+def _rope_problems(arch: Mapping[str, Any], loader: str) -> list[Problem]:
+    rope = stock_rope(arch)
+    if rope is None:
+        what = (
+            f"no stock rotary embedding of width {arch['qk_rope_head_dim']} turns by the kept frequencies "
+            f"{kept_frequencies(arch)} of rope_type {arch['rope_parameters']['rope_type']}"
         )
-    if arch.get("qk_latent_layernorm") and latent_eps(arch["rms_norm_eps"], cfg.loader) != arch["rms_norm_eps"]:
-        fix = f"use loader=vllm, or {_NATIVE}"
-        found.append(Problem("transformers gives trained latent norms eps 1e-6, this model has another", where, fix))
-    return found
+        fix = f"convert with rotary_pairs=uniform and a qk_rope_head_dim that divides head_dim, or {_NATIVE}"
+        return [Problem(what, _WHERE, fix)]
+    if loader == "vllm" and rope["rope_type"] != "default":
+        what = f"vLLM and SGLang turn a deepseek_v3 of rope_type {rope['rope_type']} by their own YaRN instead"
+        return [Problem(what, f"{_WHERE} loader=vllm", f"use loader=transformers, or {_NATIVE}")]
+    return []
+
+
+def _norm_problems(arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None) -> list[Problem]:
+    if not arch.get("qk_latent_layernorm"):
+        if cfg.dtype is None and str(dtype).endswith("float16") and not str(dtype).endswith("bfloat16"):
+            what = "float16 weights cannot hold the tiny rows of an epsilon-linearised norm: they underflow"
+            return [Problem(what, _WHERE, f"use dtype=bfloat16 or dtype=float32, or {_NATIVE}")]
+        return []
+    if latent_eps(arch["rms_norm_eps"], cfg.loader) == arch["rms_norm_eps"]:
+        return []
+    what = f"transformers gives trained latent norms eps {TRANSFORMERS_EPS:g}, this model has {arch['rms_norm_eps']:g}"
+    return [Problem(what, f"{_WHERE} loader=transformers", f"use loader=vllm, or {_NATIVE}")]
 
 
 def _rank_problems(arch: Mapping[str, Any], name: str, pad: bool) -> list[Problem]:
@@ -82,7 +104,7 @@ def _rank_problems(arch: Mapping[str, Any], name: str, pad: bool) -> list[Proble
     if not isinstance(ranks, list | tuple) or len(set(ranks)) == 1:
         return []
     if None in ranks or (pad and arch.get("qk_latent_layernorm")):
-        return [Problem(f"{name} cannot be made uniform: {ranks}", "to=deepseek_v3", _NATIVE)]
+        return [Problem(f"{name} cannot be made uniform: {list(ranks)}", _WHERE, _NATIVE)]
     if pad:
         return []
     more = 2 * sum(max(ranks) - rank for rank in ranks)
@@ -90,7 +112,7 @@ def _rank_problems(arch: Mapping[str, Any], name: str, pad: bool) -> list[Proble
     return [
         Problem(
             f"{name} differs from layer to layer {list(ranks)}: DeepSeek-V3 has one",
-            "to=deepseek_v3",
+            _WHERE,
             f"use pad_ranks=true (exact{cost}), or {_NATIVE}",
         )
     ]

@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
     made = not target.exists()
     try:
         check_model_folder(source)
-        from posttrain.methods.export.write import export_model, write_certificate
+        from posttrain.methods.export.certificate import write_certificate
+        from posttrain.methods.export.write import export_model
 
         target.mkdir(parents=True, exist_ok=True)
         certificate = export_model(source, target, ExportConfig(**settings))

@@ -19,12 +19,14 @@ class Export(Stage):
     """Write a model natively or as a stock DeepSeek-V3; see `ExportConfig` and docs/export.md."""
 
     type: ClassVar[str] = "export"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Config = ExportConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="the model to write"),
         "conversion": InputSpec("conversion", optional=True, doc="account of the conversion, for the certificate"),
         "evaluation": InputSpec("evaluation", optional=True, doc="evaluation of the model, for the certificate"),
+        "source": InputSpec("model", optional=True, doc="what the model was made of, for the certificate's errors"),
+        "data": InputSpec("dataset", optional=True, doc="text for the certificate's errors and perplexities"),
     }
     outputs: ClassVar[dict[str, str]] = {"model": "model", "certificate": "certificate"}
 
@@ -39,7 +41,9 @@ class Export(Stage):
 
     def check(self, cfg: ExportConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         architecture = inputs["model"].architecture
-        if cfg.to == "deepseek_v3" and architecture is not None and (found := obstacles(architecture, cfg)):
+        if cfg.to != "deepseek_v3" or architecture is None:
+            return
+        if found := obstacles(architecture, cfg, inputs["model"].extra.get("dtype")):
             raise RecipeError(problems=found)
 
     def estimate(self, cfg: ExportConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
@@ -56,14 +60,15 @@ class Export(Stage):
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
-        from posttrain.methods.export.write import export_model, write_certificate
+        from posttrain.methods.export.certificate import write_certificate
+        from posttrain.methods.export.write import Given, export_model
 
         target, folder = ctx.output_dir("model"), ctx.output_dir("certificate")
         for place in (target, folder):
             clear(place)
-        given = {name: ctx.inputs[name].path for name in ("conversion", "evaluation") if name in ctx.inputs}
+        given = Given(**{name: given.path for name, given in ctx.inputs.items() if name != "model"})
         # The prompts do not depend on the run's seed: equal models get equal certificates.
-        certificate = export_model(ctx.inputs["model"].path, target, ctx.config, **given)
+        certificate = export_model(ctx.inputs["model"].path, target, ctx.config, given)
         write_certificate(folder, certificate)
         ctx.record_result(logit_error=max(step["relative"] for step in certificate["steps"] if step["exact"]))
         return {"model": target, "certificate": folder}

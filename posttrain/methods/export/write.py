@@ -2,61 +2,59 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from posttrain.errors import StageError
+from posttrain.errors import RecipeError, StageError
 from posttrain.methods.export import verify
+from posttrain.methods.export.certificate import Account, certificate
 from posttrain.methods.export.config import ExportConfig
-from posttrain.methods.export.deepseek import to_deepseek
-from posttrain.methods.export.exact import latent_eps
-from posttrain.models.architecture import cache_bytes_per_token, normalise
+from posttrain.methods.export.deepseek import scale_bits, to_deepseek
+from posttrain.methods.export.exact import latent_eps, obstacles
+from posttrain.methods.export.measure import layer_errors, on_text
+from posttrain.models.architecture import normalise
 from posttrain.models.inspect import model_meta
 from posttrain.models.loading import load_model, load_tokenizer, save_model
-from posttrain.pipeline.files import clear, list_files, read_json, write_json
+from posttrain.pipeline.files import clear
 
 TOLERANCE = 1e-5
-NATIVE_ONLY = "vLLM, SGLang, TGI and llama.cpp cannot load it (custom architecture): serve with transformers or chat"
-CAVEATS = {
-    "a": "epsilon differs by loader (transformers: 1e-6; vLLM, SGLang: rms_norm_eps): use it with `loader` only",
-    "b": "do not train it in this state: the scaled rows are tiny and the norms do nothing",
-    "c": "the loader must compute the mean square in fp32, and float16 weights underflow",
-    "d": "weight-only fp8 needs a scale per row",
-}
+"""Of logits in fp32, relative; twice the model's own rounding noise where that is more."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Optional inputs, folders all: account of the conversion, evaluation, source model and text."""
+
+    conversion: Path | None = None
+    evaluation: Path | None = None
+    source: Path | None = None
+    data: Path | None = None
 
 
 def export_model(
-    source: Path,
-    target: Path,
-    cfg: ExportConfig,
-    *,
-    conversion: Path | None = None,
-    evaluation: Path | None = None,
-    seed: int = 0,
+    source: Path, target: Path, cfg: ExportConfig, given: Given | None = None, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Write the export to `target`; the certificate as JSON.
+    """Write the export of `source` to `target`, an empty folder; the certificate as JSON.
 
     Raises:
         RecipeError: an exact export does not exist.
-        StageError: the measured fp32 logits differ by more than 1e-5, relative; `target` is left empty.
+        StageError: logits, greedy tokens or tokenizer measured in a new process are others; `target` is left empty.
     """
+    given = given or Given()
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
     try:
-        model, tokenizer = load_model(source), load_tokenizer(source)
-        exported = to_deepseek(model, cfg) if cfg.to == "deepseek_v3" else model
-        save_model(exported, tokenizer, scratch / "fp32", tokenizer_from=source)
-        steps, facts = _measure(model, scratch, cfg, seed)
-        stored = getattr(torch, cfg.dtype or str(model_meta(source).extra.get("dtype") or "float32"))
-        save_model(exported, tokenizer, target, dtype=stored, tokenizer_from=source)
-        if stored != torch.float32:
-            steps.append(_stored(model, target, scratch, cfg, seed, stored))
-        return _certificate(source, target, cfg, model, steps, facts, conversion, evaluation, stored)
+        meta = model_meta(source)
+        dtype = cfg.dtype or str(meta.extra.get("dtype") or "float32").removeprefix("torch.")
+        if cfg.to == "deepseek_v3" and (problems := obstacles(meta.architecture, cfg, dtype)):
+            raise RecipeError(problems=problems)
+        account = _write(source, target, cfg, given, scratch, seed, getattr(torch, dtype))
+        return certificate(source, target, cfg, account, given.conversion, given.evaluation)
     except BaseException:
         clear(target)
         raise
@@ -64,101 +62,117 @@ def export_model(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _eps(model: Any, cfg: ExportConfig) -> float:
-    """What the probe must give the latent norms; 0 leaves them as transformers builds them."""
-    stock = cfg.to == "deepseek_v3" and cfg.loader != "transformers"
-    return latent_eps(model.config.rms_norm_eps, cfg.loader) if stock else 0.0
+def _write(
+    source: Path, target: Path, cfg: ExportConfig, given: Given, scratch: Path, seed: int, dtype: torch.dtype
+) -> Account:
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    stock = cfg.to == "deepseek_v3"
+    exported = to_deepseek(model, cfg) if stock else model
+    save_model(exported, tokenizer, scratch / "fp32", tokenizer_from=source)
+    check = _Check(model, cfg, verify.prompt_ids(model.config.vocab_size, seed), scratch / "probe")
+    check.whole(scratch / "fp32", tokenizer)
+    shutil.rmtree(scratch / "fp32")
+    save_model(exported, tokenizer, target, dtype=dtype, tokenizer_from=source)
+    if dtype != torch.float32:
+        check.stored(target, dtype)
+    del exported
+    linearised = stock and not model.config.qk_latent_layernorm
+    measured, layers = _measured(model, target, cfg, given, check.eps)
+    return Account(
+        arch=normalise(model.config.to_dict()),
+        dtype=dtype,
+        steps=check.steps,
+        tolerance=check.tolerance,
+        noise=check.noise,
+        generation=check.generation,
+        facts=check.facts,
+        norm_scale_bits=scale_bits(model, cfg) if linearised else None,
+        layers=layers,
+        measured=measured,
+    )
 
 
-@torch.no_grad()
-def _measure(model: Any, scratch: Path, cfg: ExportConfig, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    ids = verify.prompt_ids(model.config.vocab_size, seed)
-    wanted = model(ids, use_cache=False).logits
-    steps = []
-    if cfg.to == "deepseek_v3":
-        plain = to_deepseek(model, cfg, linearise=False)
-        if not model.config.qk_latent_layernorm:
+def _measured(
+    model: Any, target: Path, cfg: ExportConfig, given: Given, eps: float
+) -> tuple[dict[str, Any] | None, list[float] | None]:
+    """Perplexities and divergences on the text, and errors by layer against the source; None where not given."""
+    origin = load_model(given.source) if given.source else None
+    if origin is not None and origin.config.vocab_size != model.config.vocab_size:
+        raise RecipeError("the source has another vocabulary than the model", "inputs.source", "give its own source")
+    layers = None
+    if origin is not None and model.config.model_type == "upcycled":
+        layers = layer_errors(origin, model, given.data, target, cfg)
+    if given.data is None:
+        return None, layers
+    written = verify.load_here(target, eps)
+    return on_text({"export": written, "native": model, "source": origin}, given.data, target, cfg), layers
+
+
+class _Check:
+    """Everything that must be equal between a model and its export, step by step."""
+
+    def __init__(self, model: Any, cfg: ExportConfig, ids: Tensor, work: Path) -> None:
+        self.model, self.cfg, self.ids, self.work = model, cfg, ids, work
+        self.steps: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+        self.generation: dict[str, Any] = {}
+        with torch.no_grad():
+            self.wanted = model(ids, use_cache=False).logits
+        self.noise = verify.noise(model, ids, self.wanted)
+        self.tolerance = max(TOLERANCE, 2 * self.noise)
+
+    @property
+    def eps(self) -> float:
+        """What the probe must give the latent norms; 0 leaves them as transformers builds them."""
+        stock = self.cfg.to == "deepseek_v3" and self.cfg.loader != "transformers"
+        return latent_eps(self.model.config.rms_norm_eps, self.cfg.loader) if stock else 0.0
+
+    @torch.no_grad()
+    def whole(self, folder: Path, tokenizer: Any) -> None:
+        """The layout alone, then the fp32 folder in a new process."""
+        if self.cfg.to == "deepseek_v3":
+            layout = self._without_norms()(self.ids, use_cache=False).logits
+            self._exact("layout: interleaved rotary rows, softmax scale, padded ranks", self.wanted, layout)
+        found = self._probe(folder)
+        self.facts = found.facts
+        self._exact("whole export in fp32, new process", self.wanted, found.logits)
+        self._exact("decoding with the cache, new process", self.wanted[:, -1:], found.decoded)
+        self._same_tokenizer(tokenizer)
+        self.generation = verify.compare_generated(self.model, self.ids, found.generated, self.tolerance)
+        if not (self.generation["equal"] or self.generation["tie"]):
+            self._refuse("greedy tokens with the cache differ in a new process")
+
+    @torch.no_grad()
+    def stored(self, folder: Path, dtype: torch.dtype) -> None:
+        """What rounding the weights does; no condition."""
+        error = verify.errors(self.wanted, self._probe(folder).logits)
+        note = f"rounding of the weights to {dtype}; about 1e-2 is the floor of bf16; not a condition of the export"
+        self.steps.append({"name": "stored weights", "exact": False, **error, "note": note})
+
+    def _probe(self, folder: Path) -> verify.Found:
+        return verify.probe(folder, self.ids, self.work, eps=self.eps, custom_code=self.cfg.to == "native")
+
+    def _without_norms(self) -> nn.Module:
+        plain = to_deepseek(self.model, self.cfg, linearise=False)
+        if not self.model.config.qk_latent_layernorm:
             for layer in plain.model.layers:
-                layer.self_attn.kv_a_layernorm = nn.Identity()
-                layer.self_attn.q_a_layernorm = nn.Identity()
-        layout = verify.errors(wanted, plain(ids, use_cache=False).logits)
-        steps.append(_step("layout: interleaved rotary rows, softmax scale, padded ranks", layout))
-    logits, decoded, facts = verify.probe(scratch / "fp32", ids, scratch / "probe", _eps(model, cfg))
-    steps.append(_step("whole export in fp32, new process", verify.errors(wanted, logits)))
-    steps.append(_step("decoding with the cache, new process", verify.errors(wanted[:, -1:], decoded)))
-    for step in steps:
-        if not step["relative"] <= TOLERANCE:
-            raise StageError(
-                f"{step['name']}: logits are off by {step['relative']:.1e} (relative), more than {TOLERANCE:g}",
-                where=f"to={cfg.to} loader={cfg.loader}",
-                fix="large latents need norm_scale_bits=30; or use to=native",
-            )
-    return steps, facts
+                layer.self_attn.kv_a_layernorm = layer.self_attn.q_a_layernorm = nn.Identity()
+        return plain
 
+    def _exact(self, name: str, wanted: Tensor, found: Tensor) -> None:
+        error = verify.errors(wanted, found)
+        self.steps.append({"name": name, "exact": True, **error})
+        if not error["relative"] <= self.tolerance:
+            self._refuse(f"{name}: logits are off by {error['relative']:.1e} relative, {self.tolerance:.0e} allowed")
 
-def _step(name: str, error: dict[str, float]) -> dict[str, Any]:
-    return {"name": name, "exact": True, **error}
+    def _same_tokenizer(self, tokenizer: Any) -> None:
+        wanted = [tokenizer(text)["input_ids"] for text in verify.TEXTS]
+        if self.facts["tokens"] != wanted or self.facts["chat_template"] != tokenizer.chat_template:
+            self._refuse("the tokenizer of the export gives other tokens, or has another chat template")
+        if self.facts["eos"][0] != tokenizer.eos_token_id:
+            self._refuse(f"EOS is {self.facts['eos'][0]} in the export, {tokenizer.eos_token_id} in the model")
 
-
-@torch.no_grad()
-def _stored(
-    model: Any, target: Path, scratch: Path, cfg: ExportConfig, seed: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    ids = verify.prompt_ids(model.config.vocab_size, seed)
-    logits, _, _ = verify.probe(target, ids, scratch / "probe", _eps(model, cfg))
-    error = verify.errors(model(ids, use_cache=False).logits, logits)
-    note = f"rounding of the weights to {dtype}; about 1e-2 is the noise floor of bf16; not a condition of the export"
-    return {"name": "stored weights", "exact": False, **error, "note": note}
-
-
-def _certificate(
-    source: Path,
-    target: Path,
-    cfg: ExportConfig,
-    model: Any,
-    steps: list[dict[str, Any]],
-    facts: dict[str, Any],
-    conversion: Path | None,
-    evaluation: Path | None,
-    stored: torch.dtype,
-) -> dict[str, Any]:
-    upcycled = model.config.model_type == "upcycled"
-    arch = normalise(model.config.to_dict())
-    size = torch.empty((), dtype=stored).element_size()
-    ranks = arch.get("kv_lora_rank")
-    predicted = cache_bytes_per_token(arch, size)
-    if cfg.to == "deepseek_v3" and isinstance(ranks, list):
-        predicted += size * sum(max(ranks) - rank for rank in ranks)
-    metrics = read_json(evaluation / "metrics.json") if evaluation else {}
-    linearised = cfg.to == "deepseek_v3" and not model.config.qk_latent_layernorm
-    return {
-        "format": 1,
-        "to": cfg.to,
-        "loader": cfg.loader if cfg.to == "deepseek_v3" else "transformers",
-        "latent_norm_eps": latent_eps(model.config.rms_norm_eps, cfg.loader) if cfg.to == "deepseek_v3" else None,
-        "class": facts["class"],
-        "dtype": str(stored).removeprefix("torch."),
-        "digests": {"source": _digests(source), "export": _digests(target)},
-        "tolerance": TOLERANCE,
-        "steps": steps,
-        "cache_bytes_per_token": {"predicted": predicted, "measured": facts["cache_elements_per_token"] * size},
-        "conversion": {"layers": read_json(conversion / "conversion.json")["layers"]} if conversion else None,
-        "perplexity": metrics.get("perplexity"),
-        "perplexity_of": "the model before export" if evaluation else "null: no `evaluation` input was given",
-        "servers": NATIVE_ONLY if upcycled and cfg.to == "native" else "any that knows the class",
-        "caveats": CAVEATS if linearised else {},
-    }
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    found = {}
-    for name, path in list_files(folder).items():
-        if path.suffix in (".safetensors", ".json"):
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def write_certificate(folder: Path, certificate: dict[str, Any]) -> None:
-    """`certificate.json` in a folder."""
-    write_json(folder / "certificate.json", certificate)
+    def _refuse(self, what: str) -> None:
+        stock = self.cfg.to == "deepseek_v3"
+        fix = "leave norm_scale_bits null, or use to=native" if stock else "report this as a fault"
+        raise StageError(what, where=f"to={self.cfg.to} loader={self.cfg.loader}", fix=fix)

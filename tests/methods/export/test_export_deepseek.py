@@ -1,95 +1,70 @@
-"""Stock DeepSeek-V3 exports against the native model, in a new process, for both loaders."""
+"""What an export holds beside its logits (test_export_card.py): padded ranks, native code, tokens, certificate."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import pytest
 import torch
+from methods.export.export_world import convert, export, save
 from source_models import make_source
 
+from posttrain.data.documents import Document, write_dataset
 from posttrain.errors import RecipeError, StageError
 from posttrain.methods.export import deepseek, verify
 from posttrain.methods.export.config import ExportConfig
-from posttrain.methods.export.write import export_model
-from posttrain.methods.mla_upcycling import upcycle
+from posttrain.methods.export.write import Given
 from posttrain.models.loading import save_model
 from posttrain.models.tiny import tiny_tokenizer
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+from posttrain.models.upcycled import UpcycledConfig, UpcycledForCausalLM
 
 
-def save(folder: Path, family: str = "llama", pairs: str = "uniform", dtype=None, **changes) -> Path:
-    settings = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "rotary_pairs": pairs}
-    model, _ = upcycle(make_source(family, **changes), settings)
-    return save_model(model, tiny_tokenizer(), folder / "native", dtype=dtype)
+def test_native_loads_and_generates_without_this_package(tmp_path) -> None:
+    certificate = export(save(tmp_path), to="native")
+    assert certificate["class"] == "UpcycledForCausalLM" and "vLLM" in certificate["servers"]
+    assert certificate["generation"]["equal"] and certificate["generation"]["tokens"] == 64
+    assert [step["exact"] for step in certificate["steps"]] == [True, True]
+    assert certificate["latent_norm_eps"] is None and certificate["caveats"] == {}
 
 
-def export(source: Path, **settings) -> dict:
-    target = source.parent / "export"
-    target.mkdir()
-    return export_model(source, target, ExportConfig(**{"to": "deepseek_v3", **settings}))
+def test_a_plain_model_passes_through(tmp_path) -> None:
+    plain = save_model(make_source("mistral"), tiny_tokenizer(), tmp_path / "native")
+    certificate = export(plain, to="native")
+    assert certificate["class"] == "MistralForCausalLM" and certificate["layers"] is None
 
 
-@pytest.mark.parametrize("loader", ["transformers", "vllm"])
-@pytest.mark.parametrize(
-    ("family", "pairs", "rope"),
-    [
-        ("llama", "uniform", None),
-        ("llama", "fastest", None),
-        ("mistral", "uniform", None),
-        ("llama", "uniform", LLAMA3),
-    ],
-)
-def test_a_stock_export_has_the_logits_of_the_native_model(tmp_path, loader, family, pairs, rope) -> None:
-    changes = {"rope_parameters": rope} if rope else {}
-    certificate = export(save(tmp_path, family, pairs, **changes), loader=loader)
-    assert certificate["class"] == "DeepseekV3ForCausalLM"
-    assert all(step["relative"] <= 1e-5 for step in certificate["steps"])
-    assert certificate["cache_bytes_per_token"]["predicted"] == certificate["cache_bytes_per_token"]["measured"]
-    assert certificate["latent_norm_eps"] == (1e-6 if loader == "transformers" else 1e-5)
-
-
-def test_the_wrong_loader_is_far_off_and_leaves_nothing(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("posttrain.methods.export.deepseek.latent_eps", lambda eps, loader: eps)
-    with pytest.raises(StageError, match="logits are off"):
+def test_other_greedy_tokens_in_the_new_process_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(verify, "compare_generated", lambda *_: {"tokens": 64, "equal": False, "tie": False})
+    with pytest.raises(StageError, match="greedy tokens with the cache differ"):
         export(save(tmp_path))
     assert not list((tmp_path / "export").iterdir())
 
 
-def test_native_loads_without_this_package(tmp_path) -> None:
-    certificate = export(save(tmp_path), to="native")
-    assert certificate["class"] == "UpcycledForCausalLM" and "vLLM" in certificate["servers"]
+def test_another_tokenizer_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(verify, "PROBE", verify.PROBE.replace("tokenizer(text)", "tokenizer(text + 'x')"))
+    with pytest.raises(StageError, match="gives other tokens"):
+        export(save(tmp_path))
+
+
+def test_a_greedy_tie_is_no_difference() -> None:
+    _, model = convert()
+    ids = verify.prompt_ids(300, 0)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), **verify.greedy())
+    assert verify.compare_generated(model, ids, found, 1e-5) == {"tokens": 64, "equal": True, "tie": False}
+    other = found.clone()
+    other[0, -1] = (other[0, -1] + 1) % 300
+    assert not verify.compare_generated(model, ids, other, 1e-5)["tie"]
+    assert verify.compare_generated(model, ids, other, 10.0)["tie"]
 
 
 def test_bf16_weights_have_their_floor_measured(tmp_path) -> None:
     certificate = export(save(tmp_path, dtype=torch.bfloat16))
-    assert certificate["dtype"] == "bfloat16" and certificate["steps"][-1]["relative"] < 0.1
-
-
-def test_what_would_not_be_exact_is_refused(tmp_path) -> None:
-    for index, (fields, said) in enumerate(
-        [
-            ({"family": "qwen2"}, "no place for attention_bias"),
-            ({"pairs": "fastest", "rope_parameters": LLAMA3}, "kept"),
-        ]
-    ):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        with pytest.raises(RecipeError, match=said):
-            export(save(folder, **fields))
+    stored = certificate["steps"][-1]
+    assert certificate["dtype"] == "bfloat16" and not stored["exact"] and 1e-4 < stored["relative"] < 0.1
+    assert certificate["cache_bytes_per_token"] == {"predicted": 96, "measured": 96}
 
 
 def test_ranks_per_layer_and_query_ranks_are_padded_exactly() -> None:
-    from posttrain.models.upcycled import UpcycledConfig, UpcycledForCausalLM
-
     fields = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 12, "rms_norm_eps": 1e-6}
     ranks = {"kv_lora_rank": [16, 24], "q_lora_rank": [20, 12]}
     config = UpcycledConfig.from_source(make_source().config, mixers=["latent_attention"] * 2, **fields, **ranks)
@@ -101,3 +76,44 @@ def test_ranks_per_layer_and_query_ranks_are_padded_exactly() -> None:
     ids = verify.prompt_ids(300, 1)
     with torch.no_grad():
         assert verify.errors(model(ids).logits, stock(ids).logits)["relative"] <= 1e-5
+
+
+def test_padded_ranks_cost_what_the_certificate_says(tmp_path) -> None:
+    native = save(tmp_path, settings={"kv_lora_rank": None, "bytes_per_token": 96, "rank_multiple": 4})
+    certificate = export(native, pad_ranks=True)
+    ranks = [layer["kv_lora_rank"] for layer in certificate["layers"]]
+    assert len(set(ranks)) == 2
+    bytes_now = 4 * 2 * (max(ranks) + 8)
+    assert certificate["cache_bytes_per_token"] == {"predicted": bytes_now, "measured": bytes_now}
+
+
+def test_the_certificate_holds_predicted_and_measured_errors_and_perplexities(tmp_path) -> None:
+    source, model = convert()
+    native = save_model(model, tiny_tokenizer(), tmp_path / "native")
+    plain = save_model(source, tiny_tokenizer(), tmp_path / "source")
+    (tmp_path / "conversion").mkdir()
+    first = {"key_error": 0.5, "value_error": 0.25, "rel_error": 0.75}
+    report = {"layers": [{**first, "alpha": 2.0}, {"key_error": 0.125, "value_error": 0.0, "rel_error": 0.0}]}
+    (tmp_path / "conversion" / "conversion.json").write_text(json.dumps(report))
+    (tmp_path / "data").mkdir()
+    write_dataset(tmp_path / "data", [Document(str(n), "a cat sat on a mat, and then it left. " * 4) for n in range(3)])
+    given = Given(conversion=tmp_path / "conversion", source=plain, data=tmp_path / "data")
+    found = export(native, given, max_documents=2, max_tokens=64)
+    assert found["layers"][0]["predicted"] == first
+    assert [layer["kv_lora_rank"] for layer in found["layers"]] == [16, 16]
+    errors = [layer["measured"]["output_error"] for layer in found["layers"]]
+    assert all(0.05 < error < 2 for error in errors)
+    measured = found["measured"]
+    assert measured["documents"] == 2 and measured["tokens"] == 2 * 63
+    assert measured["perplexity"]["export"] == pytest.approx(measured["perplexity"]["native"], rel=1e-5)
+    assert found["perplexity"] == measured["perplexity"]["export"] != measured["perplexity"]["source"]
+    assert abs(measured["kl_to_export"]["native"]) < 1e-6 < measured["kl_to_export"]["source"]
+
+
+def test_a_layer_of_full_rank_has_no_measured_error() -> None:
+    """One KV head that keeps its whole rotary key: attention is the source's."""
+    from posttrain.methods.export.measure import layer_errors
+
+    settings = {"kv_lora_rank": 16, "qk_rope_head_dim": 16, "rotary_pairs": None, "rotary_plan": "paired"}
+    source, model = convert(settings=settings, num_key_value_heads=1)
+    assert max(layer_errors(source, model, None, None, ExportConfig())) < 1e-4

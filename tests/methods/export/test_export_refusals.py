@@ -1,0 +1,65 @@
+"""What has no exact stock export is refused by the plan and by the command, with the reason and a remedy."""
+
+from __future__ import annotations
+
+import pytest
+from methods.export.export_world import LLAMA3, save
+
+from posttrain.errors import RecipeError
+from posttrain.methods.export.config import ExportConfig
+from posttrain.methods.export.program import main
+from posttrain.methods.export.stage import Export
+from posttrain.models.inspect import model_meta
+
+
+@pytest.fixture
+def architecture(tmp_path):
+    return model_meta(save(tmp_path)).architecture
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "said"),
+    [
+        ({"attention_bias": True}, {}, "no place for attention_bias"),
+        ({"latent_bias": True, "mlp_bias": True}, {}, "no place for latent_bias, mlp_bias"),
+        ({"qk_norm": True}, {}, "no QK-norm"),
+        ({"mixers": ["latent_attention", "full_attention"]}, {}, "not every layer has latent attention"),
+        ({"model_type": "llama"}, {}, "not every layer has latent attention"),
+        ({"kv_lora_rank": [16, 32]}, {}, "differs from layer to layer"),
+        ({"q_lora_rank": [16, None]}, {"pad_ranks": True}, "cannot be made uniform"),
+        ({"kv_lora_rank": [16, 32], "qk_latent_layernorm": True}, {"pad_ranks": True}, "cannot be made uniform"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, {}, "no stock rotary"),
+        ({"rope_parameters": LLAMA3}, {"loader": "vllm"}, "turn a deepseek_v3 of rope_type llama3 by their own YaRN"),
+        ({"qk_latent_layernorm": True}, {}, "gives trained latent norms eps 1e-06"),
+    ],
+)
+def test_the_plan_refuses_with_the_reason(architecture, changes, settings, said) -> None:
+    from posttrain.pipeline.stage import ArtifactMeta
+
+    meta = ArtifactMeta("model", {**architecture, **changes})
+    with pytest.raises(RecipeError, match=said) as caught:
+        Export().check(ExportConfig(to="deepseek_v3", **settings), {"model": meta})
+    assert "native" in str(caught.value)
+    Export().check(ExportConfig(to="deepseek_v3"), {"model": ArtifactMeta("model", architecture)})
+
+
+def test_float16_is_refused_where_norms_are_linearised(architecture) -> None:
+    from posttrain.pipeline.stage import ArtifactMeta
+
+    half = {"model": ArtifactMeta("model", architecture, extra={"dtype": "float16"})}
+    with pytest.raises(RecipeError, match="float16 weights cannot hold"):
+        Export().check(ExportConfig(to="deepseek_v3"), half)
+    Export().check(ExportConfig(to="deepseek_v3", dtype="bfloat16"), half)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"family": "qwen2"}, "no place for attention_bias"),
+        ({"family": "llama", "settings": {"rotary_pairs": "fastest"}, "rope_parameters": LLAMA3}, "no stock rotary"),
+    ],
+)
+def test_the_command_refuses_and_writes_nothing(tmp_path, capsys, fields, said) -> None:
+    native = save(tmp_path, **fields)
+    assert main([str(native), str(tmp_path / "out"), '{"to": "deepseek_v3"}']) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
