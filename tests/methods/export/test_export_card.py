@@ -44,9 +44,12 @@ def stock_logits(folder: Path, ids: torch.Tensor, eps: float, work: Path) -> tor
 @pytest.mark.parametrize("rms_norm_eps", [1e-6, 1e-5])
 @pytest.mark.parametrize("loader", ["transformers", "vllm"])
 def test_card_verification_13_stock_logits_are_the_native_ones(tmp_path, loader, rms_norm_eps) -> None:
-    native = save(tmp_path, rms_norm_eps=rms_norm_eps)
+    rope = {"rope_type": "default", "rope_theta": 20000.0}
+    native = save(tmp_path, rms_norm_eps=rms_norm_eps, rope_parameters=rope)
     certificate = export(native, loader=loader)
-    assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] == "deepseek_v3"
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    # Loaders from before rope_parameters read rope_theta and would take 10000 without it.
+    assert config["model_type"] == "deepseek_v3" and config["rope_theta"] == 20000.0
     ids = verify.prompt_ids(300, 7)
     with torch.no_grad():
         wanted = load_model(native)(ids).logits
