@@ -1,4 +1,4 @@
-"""Named presets of `mla_upcycle`: the settings of a publication in one word.
+"""Named presets of `mla_upcycle`: the settings of a publication, or of a measurement, in one word.
 
 A preset stands in for the defaults of the settings that are not given; a given one wins, except for the rotary plan,
 which is what a preset is about. Where paper and released code of X-EcoMLA differ, each has a name of its own.
@@ -14,6 +14,12 @@ BUDGETS = ("kv_lora_rank", "kv_ratio", "bytes_per_token", "energy")
 
 _X_ECOMLA = {"rotary_plan": "xeco", "energy": 0.95}
 PRESETS: dict[str, dict[str, Any]] = {
+    "activation_aware": {
+        "rotary_plan": "rorope",
+        "latent_plan": "bkv",
+        "objective": "attention",
+        "rank_allocation": "water_fill",
+    },
     "x_ecomla_paper": {**_X_ECOMLA, "energy_rule": "at_least", "rank_multiple": 1, "rotary_scaling": "source"},
     "x_ecomla_released": {
         **_X_ECOMLA,
@@ -50,7 +56,9 @@ def fill(data: Any) -> Any:
         )
     given = {name: value for name, value in data.items() if value is not None}
     if any(name in given for name in BUDGETS):
-        values = {name: value for name, value in values.items() if name not in BUDGETS}
+        # An energy decides every layer's rank by itself.
+        left = (*BUDGETS, "rank_allocation") if "energy" in given else BUDGETS
+        values = {name: value for name, value in values.items() if name not in left}
     return {**data, **{name: value for name, value in values.items() if name not in given}}
 
 

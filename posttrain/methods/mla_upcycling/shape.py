@@ -221,7 +221,7 @@ def _rope_dim(head_dim: int, kv_heads: int, cfg: MlaUpcycleConfig) -> int:
                 fix="qk_rope_head_dim=null, or another rotary_plan",
             )
         return kv_heads * head_dim
-    rope_dim = cfg.qk_rope_head_dim if cfg.qk_rope_head_dim is not None else 2 * (head_dim // 4)
+    rope_dim = cfg.qk_rope_head_dim if cfg.qk_rope_head_dim is not None else cfg.usual_rope_dim(head_dim)
     where = "qk_rope_head_dim"
     if rope_dim % 2 or rope_dim > head_dim:
         raise RecipeError(

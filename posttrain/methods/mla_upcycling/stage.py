@@ -33,7 +33,7 @@ class MlaUpcycle(Stage):
     """Convert attention to multi-head latent attention; see `MlaUpcycleConfig` and docs/mla_upcycling.md."""
 
     type: ClassVar[str] = "mla_upcycle"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     Config = MlaUpcycleConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="the source: Llama, Mistral, Qwen2 or Qwen3 shaped, MHA, GQA or MQA"),

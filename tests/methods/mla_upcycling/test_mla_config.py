@@ -68,7 +68,7 @@ def test_a_dumped_config_is_accepted_again() -> None:
         (63.9 / 384, 16, 16, 32),
         (0.25, 16, 32, 64),
         (0.25, 24, 32, 48),
-        (0.25, 1, 20, 76),
+        (0.25, 1, 8, 88),
         (0.5, 64, 64, 128),
         (1.0, 16, 32, 352),
     ],
@@ -163,3 +163,27 @@ def test_kept_frequencies_are_those_of_a_stock_rotary_embedding(choice: str, pow
 @pytest.mark.parametrize(("family", "bias"), [("llama", False), ("mistral", False), ("qwen2", True)])
 def test_the_latent_has_a_bias_where_keys_and_values_have_one(family: str, bias: bool) -> None:
     assert shape({"model_type": family, "sliding_window": None}, kv_lora_rank=16).latent_bias is bias
+
+
+@pytest.mark.parametrize(
+    ("settings", "plan", "rope"),
+    [
+        ({}, "rorope", 16),
+        ({"rotary_plan": None}, "rorope", 16),
+        ({"rotary_pairs": "fastest"}, "paired", 32),
+        ({"keep_residual": False}, "paired", 32),
+        ({"rotary_plan": "rorope", "freqfold": 8}, "rorope", 16),
+        ({"preset": "transmla"}, "rorope", 32),
+        ({"preset": "activation_aware"}, "rorope", 16),
+        ({"rotary_plan": "xeco"}, "xeco", 32),
+    ],
+)
+def test_the_usual_rotary_plan_and_width(settings: dict, plan: str, rope: int) -> None:
+    cfg = MlaUpcycleConfig(kv_lora_rank=48, **settings)
+    assert cfg.rotary_plan == plan and shape(kv_lora_rank=48, **settings).qk_rope_head_dim == rope
+
+
+def test_activation_aware_leaves_ranks_to_an_energy() -> None:
+    cfg = MlaUpcycleConfig(preset="activation_aware", energy=0.9)
+    assert cfg.rank_allocation is None and cfg.objective == "attention"
+    assert MlaUpcycleConfig(preset="activation_aware", kv_ratio=0.2).rank_allocation == "water_fill"

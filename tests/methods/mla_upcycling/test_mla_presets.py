@@ -135,7 +135,7 @@ def test_the_source_decides_what_yarn_is_not_told() -> None:
 def test_presets_convert(tmp_path) -> None:
     source = make_source("llama", rope_parameters=LLAMA3)
     for preset in PRESETS:
-        budget = {"kv_lora_rank": 24} if preset == "transmla" else {}
+        budget = {"kv_lora_rank": 24} if preset in ("transmla", "activation_aware") else {}
         new, report = mla.upcycle(source, {"preset": preset, "qk_rope_head_dim": 8, **budget}, text())
         assert torch.isfinite(logits(new, tokens())).all() and report["config"]["preset"] == preset
         assert (new.config.latent_rope_parameters is not None) == (preset == "x_ecomla_released")

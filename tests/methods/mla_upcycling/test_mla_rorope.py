@@ -117,7 +117,7 @@ def test_latent_plans_differ_in_balance_only() -> None:
         ({"latent_plan": "svd", "objective": "activation"}, "decomposes weights"),
         ({"latent_plan": "pca", "objective": "weight"}, "decomposes calibration text"),
         ({"latent_plan": "pca", "balance_ratio": 2.0}, "belongs to latent_plan=bkv"),
-        ({"freqfold": 2}, "belongs to rotary_plan=rorope"),
+        ({"freqfold": 2, "rotary_plan": "paired"}, "belongs to rotary_plan=rorope"),
         ({"rotary_plan": "rorope", "keep_residual": False}, "fixes keep_residual"),
         ({"rotary_plan": "xeco", "latent_plan": "bkv"}, "fixes latent_plan"),
     ],
