@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## Make .venv with everything in it (versions of constraints.txt)
 
-demo: $(STAMP) ## Upcycle SmolLM2-135M to MLA, distil it and write the report (about 12 minutes on two cores)
+demo: $(STAMP) ## Upcycle SmolLM2-135M to MLA, distil it and write the report (about 10 minutes on two cores)
 	$(BIN)/posttrain run x_ecomla scale=demo
 
 test: $(STAMP) ## Run the tests (under ten minutes on two cores)

@@ -51,6 +51,8 @@ class MlaUpcycle(Stage):
         found = _shape(cfg, inputs)
         architecture = None if found is None else upcycled_architecture(source.architecture or {}, *found)
         extra = {name: value for name, value in source.extra.items() if name in ("dtype", "label", "eos_token_id")}
+        if found and found[1] is None and (cfg.energy is not None or cfg.allocation == "water_fill"):
+            extra["open"] = ["kv_lora_rank"]
         model = ArtifactMeta("model", architecture, source.tokenizer, source.chat_template, extra=extra)
         return {"model": model, "conversion": conversion_meta(*found) if found else ArtifactMeta("conversion")}
 
@@ -120,7 +122,8 @@ class MlaUpcycle(Stage):
         from posttrain.models.inspect import model_meta
 
         meta = model_meta(path)
-        return ArtifactMeta.from_json({**meta.to_json(), "extra": {**predicted.extra, **meta.extra}})
+        known = {name: value for name, value in predicted.extra.items() if name != "open"}
+        return ArtifactMeta.from_json({**meta.to_json(), "extra": {**known, **meta.extra}})
 
 
 def _shape(cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> tuple[MlaShape, list[int] | None] | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from posttrain.errors import RecipeError, StageError, StopRequested
+from posttrain.launch.execute import _check_prediction
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.methods.mla_upcycling.plan import MlaPlan
 from posttrain.methods.mla_upcycling.stage import MlaUpcycle
@@ -76,6 +78,21 @@ def test_the_prediction_is_what_comes_out(tmp_path: Path) -> None:
     assert estimate.cache_bytes_per_token == cache_bytes_per_token(measured.architecture) == 2 * 2 * (16 + 8)
     assert measured.extra["dtype"] == ctx.inputs["model"].meta.extra["dtype"]
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"rank_allocation": "water_fill"}, {"kv_ratio": None, "energy": 0.8}])
+def test_ranks_that_follow_from_spectra_are_no_broken_promise(tmp_path: Path, settings: dict) -> None:
+    ctx = context(tmp_path, config(rank_multiple=1, **settings))
+    folders = STAGE.run(ctx)
+    predicted = STAGE.describe(ctx.config, {name: artifact.meta for name, artifact in ctx.inputs.items()})["model"]
+    measured = STAGE.measure("model", folders["model"], predicted)
+    assert measured.architecture["kv_lora_rank"] != predicted.architecture["kv_lora_rank"]
+    _check_prediction("upcycle", "model", predicted, measured)
+    assert "open" not in measured.extra
+    with pytest.raises(StageError, match="kv_lora_rank"):
+        _check_prediction("upcycle", "model", replace(predicted, extra={}), measured)
+    fixed = STAGE.describe(config(), {name: artifact.meta for name, artifact in ctx.inputs.items()})["model"]
+    assert "open" not in fixed.extra
 
 
 def test_the_tokenizer_of_a_qwen2_source_is_not_rewritten(tmp_path: Path) -> None:
