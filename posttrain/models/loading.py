@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import StageError
@@ -125,24 +127,77 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        state = _cast_state(model, dtype)
+        state = _cast(model, model.state_dict(), dtype)
         model.save_pretrained(scratch, state_dict=dict(state), max_shard_size=max_shard_size)
-        if dtype is not None:
-            _write_dtype(scratch / "config.json", dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-            if tokenizer_from is not None and (Path(tokenizer_from) / TOKENIZER).is_file():
-                shutil.copyfile(Path(tokenizer_from) / TOKENIZER, scratch / TOKENIZER)
         _compare(scratch, state, model)
-        _flush(scratch)
-        _move_in(scratch, folder)
+        _finish(scratch, folder, tokenizer, dtype, tokenizer_from)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def _cast_state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    state = model.state_dict()
+def save_by_shards(
+    model: PreTrainedModel,
+    shards: Iterable[Mapping[str, torch.Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    tokenizer_from: str | Path | None = None,
+) -> Path:
+    """`save_model` of a model that is never whole in memory: `model` is its skeleton, every shard becomes a file.
+
+    Raises:
+        StageError: the disk gave back something else than was written, or the shards are not the whole model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(scratch, state_dict={})  # all but the weights; it would remove those of a former save
+        files: list[tuple[Path, list[str]]] = []
+        size = 0
+        for shard in shards:
+            state = {name: tensor.contiguous().cpu() for name, tensor in _cast(model, dict(shard), dtype).items()}
+            file = scratch / f"part-{len(files)}.safetensors"
+            save_file(state, file, metadata={"format": "pt"})
+            _compare_file(file, state)
+            files.append((file, list(state)))
+            size += sum(tensor.nbytes for tensor in state.values())
+        weights = {}
+        for place, (file, names) in enumerate(files, start=1):
+            final = f"model-{place:05d}-of-{len(files):05d}.safetensors"
+            file.rename(scratch / final)
+            weights |= dict.fromkeys(names, final)
+        if absent := set(model.state_dict()) - weights.keys() - set(model.all_tied_weights_keys):
+            raise StageError(f"{len(absent)} tensors were not written, e.g. {min(absent)}", where=str(scratch))
+        index = {"metadata": {"total_size": size}, "weight_map": weights}
+        (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _finish(scratch, folder, tokenizer, dtype, tokenizer_from)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _finish(
+    scratch: Path,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    tokenizer_from: str | Path | None,
+) -> None:
+    """Data type and tokenizer beside checked weights, to disk, into place."""
+    if dtype is not None:
+        _write_dtype(scratch / "config.json", dtype)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(scratch)
+        if tokenizer_from is not None and (Path(tokenizer_from) / TOKENIZER).is_file():
+            shutil.copyfile(Path(tokenizer_from) / TOKENIZER, scratch / TOKENIZER)
+    _flush(scratch)
+    _move_in(scratch, folder)
+
+
+def _cast(model: PreTrainedModel, state: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Tensors of the model in `dtype`, but for those that its class keeps in fp32."""
     if dtype is None:
         return state
     names = {*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
@@ -168,16 +223,20 @@ def _compare(folder: Path, state: dict[str, torch.Tensor], model: PreTrainedMode
     """Every tensor on disk is bit for bit the one in memory, and none but the tied ones is absent."""
     seen: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                seen.add(name)
-                if name not in state or not _equal(tensors.get_tensor(name), state[name]):
-                    raise StageError(
-                        f"{name} was not written as it is in memory", where=str(file), fix="check the disk"
-                    )
+        seen |= _compare_file(file, state)
     absent = set(state) - seen - set(model.all_tied_weights_keys)
     if absent:
         raise StageError(f"{len(absent)} tensors were not written, e.g. {min(absent)}", where=str(folder))
+
+
+def _compare_file(file: Path, state: Mapping[str, torch.Tensor]) -> set[str]:
+    """The names in a file; every tensor must be bit for bit the one in memory."""
+    with safe_open(file, framework="pt") as tensors:
+        names = set(tensors.keys())
+        for name in names:
+            if name not in state or not _equal(tensors.get_tensor(name), state[name]):
+                raise StageError(f"{name} was not written as it is in memory", where=str(file), fix="check the disk")
+    return names
 
 
 def _equal(written: torch.Tensor, wanted: torch.Tensor) -> bool:

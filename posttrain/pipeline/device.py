@@ -27,6 +27,11 @@ def plans_for_gpu() -> bool:
     return not computes_on_host(_planned.get())
 
 
+def planned_memory() -> int | None:
+    """Memory in bytes of the device that the stages being planned will compute on; None: unknown."""
+    return gpu_memory() if plans_for_gpu() else host_memory()
+
+
 def computes_on_host(device: str) -> bool:
     """Whether that `engine.device` means the CPU; `auto` does where no GPU can be seen."""
     return device == "cpu" or (device == "auto" and gpu_memory() is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from posttrain.errors import RecipeError
 from posttrain.methods.mla_upcycling import freqfold, latent, rotary
 from posttrain.methods.mla_upcycling.budget import largest_rank
-from posttrain.methods.mla_upcycling.calibration import CalibrationStatistics, attention_layers
+from posttrain.methods.mla_upcycling.calibration import CalibrationStatistics
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.methods.mla_upcycling.plan import LayerPlan, MlaPlan
 from posttrain.methods.mla_upcycling.query import LowRankQuery, low_rank_query
@@ -32,6 +33,7 @@ def build_plan(
     cfg: MlaUpcycleConfig | Mapping[str, Any],
     stats: CalibrationStatistics | None = None,
     on_layer: Callable[[int], None] | None = None,
+    held: Callable[[int], AbstractContextManager[nn.Module]] | None = None,
 ) -> MlaPlan:
     """Decide every matrix of the conversion that does not follow from the source weights alone.
 
@@ -39,6 +41,7 @@ def build_plan(
         model: a source causal LM of a supported family.
         stats: from `collect_statistics`; None plans from the weights.
         on_layer: called with the number of layers done; it may raise to stop.
+        held: where weights stay on disk, the decoder layer of an index while the context lasts.
 
     Raises:
         RecipeError: unsupported model, impossible rank, or an objective that needs `stats`.
@@ -52,11 +55,12 @@ def build_plan(
             where="objective",
             fix="give a calibration input, e.g. inputs.calibration=data.train, or objective=weight",
         )
-    blocks = attention_layers(model)
+    held = held or (lambda index: nullcontext(model.model.layers[index]))
     frequencies = source_frequencies(model) if cfg.freqfold == "search" else None
 
     def read(index: int) -> SourceLayer:
-        return SourceLayer.read(blocks[index], *(() if objective == "weight" else stats.of_layer(index)))
+        with held(index) as layer:
+            return SourceLayer.read(layer.self_attn, *(() if objective == "weight" else stats.of_layer(index)))
 
     def decompose(source: SourceLayer) -> _Parts:
         return _decompose(source, shape, cfg, objective, frequencies)

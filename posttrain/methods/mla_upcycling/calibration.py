@@ -6,9 +6,10 @@ are not: there the moment of [x ; normalised keys] is summed, and that of the no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,37 @@ def collect_statistics(
             tokens += batch.numel()
             if on_batch is not None:
                 on_batch(done)
+    return _normalised(second, total, queries, tokens)
+
+
+def layer_statistics(
+    layer: nn.Module, calls: Sequence[tuple[Tensor, Mapping[str, Any]]], hidden_size: int, tokens: int
+) -> tuple[CalibrationStatistics, list[Tensor]]:
+    """Statistics of one decoder layer alone, and what it makes of every input.
+
+    Args:
+        calls: hidden states [B, T, D] and the other arguments of each call.
+        tokens: of all calls.
+
+    Raises:
+        ValueError: no tokens, or values that are not finite.
+    """
+    block = layer.self_attn
+    width, device = observed_width(block, hidden_size), block.k_proj.weight.device
+    second = [torch.zeros(width, width, dtype=torch.float64, device=device)]
+    total = [torch.zeros(width, dtype=torch.float64, device=device)]
+    queries: dict[int, Tensor] = {}
+    outputs = []
+    with torch.no_grad(), _inputs_summed([block], second, total, queries):
+        for hidden, rest in calls:
+            found = layer(hidden.to(device), **rest)
+            outputs.append((found[0] if isinstance(found, tuple) else found).to(hidden.device))
+    return _normalised(second, total, queries, tokens), outputs
+
+
+def _normalised(
+    second: Sequence[Tensor], total: Sequence[Tensor], queries: Mapping[int, Tensor], tokens: int
+) -> CalibrationStatistics:
     if tokens == 0:
         raise ValueError("calibration needs at least one sequence of tokens")
     if not all(bool(torch.isfinite(matrix).all()) for matrix in second):

@@ -28,7 +28,7 @@ _FIXED: dict[str, dict[str, Any]] = {
 }
 """What follows from a rotary plan and cannot be set beside it."""
 _OF_PAIRED = ("rotary_pairs", "shared_key", "keep_residual")
-_HOW_ONLY = ("type", "inputs", "plan")
+_HOW_ONLY = ("type", "inputs", "plan", "offload")
 
 
 class MlaUpcycleConfig(StageConfig):
@@ -52,6 +52,12 @@ class MlaUpcycleConfig(StageConfig):
         json_schema_extra=NOT_IN_KEY,
         description="Folder of a saved conversion (`conversion` of another run) whose plan is carried out again, "
         "instead of making one. The input `conversion` does the same within a recipe. Excludes every other setting.",
+    )
+    offload: Literal["auto", "never", "layers"] = Field(
+        default="auto",
+        json_schema_extra=NOT_IN_KEY,
+        description="layers: one decoder layer in memory at a time, the rest stays on disk; the same result, for "
+        "models larger than memory. auto: where the conversion would not fit otherwise.",
     )
     kv_lora_rank: int | None = Field(
         default=None,

@@ -16,7 +16,9 @@ from posttrain.methods.mla_upcycling.shape import MlaShape, misfits
 from posttrain.models.architecture import normalise
 
 if TYPE_CHECKING:
-    from posttrain.models.upcycled import UpcycledForCausalLM
+    from transformers import PretrainedConfig
+
+    from posttrain.models.upcycled import UpcycledConfig, UpcycledForCausalLM
 
 
 def upcycle(
@@ -55,17 +57,38 @@ def apply_plan(model: nn.Module, plan: MlaPlan, on_layer: Callable[[int], None] 
     Raises:
         ValueError: the plan is for a model of another shape.
     """
-    from posttrain.models.upcycled import UpcycledConfig
     from posttrain.models.upcycling import build_upcycled
 
     sources = attention_layers(model)
+    new = build_upcycled(model, converted_config(model.config, plan))
+    scale = rotary_scale(model)
+    for index, (source, target) in enumerate(zip(sources, attention_layers(new), strict=True)):
+        write_tensors(target, layer_tensors(source, plan.layers[index], plan.shape, scale))
+        if on_layer is not None:
+            on_layer(index + 1)
+    return new
+
+
+def rotary_scale(model: nn.Module) -> float:
+    """The factor that a source puts on cos and sin (YaRN)."""
+    return float(getattr(model.model.rotary_emb, "attention_scaling", 1.0))
+
+
+def converted_config(source: PretrainedConfig, plan: MlaPlan) -> UpcycledConfig:
+    """The config of the converted model.
+
+    Raises:
+        ValueError: the plan is for a model of another shape.
+    """
+    from posttrain.models.upcycled import UpcycledConfig
+
     shape = plan.shape
-    if wrong := misfits(shape, normalise(model.config.to_dict())):
+    if wrong := misfits(shape, normalise(source.to_dict())):
         raise ValueError(f"the plan is for another model: {'; '.join(wrong)}")
     ranks = [layer.rank for layer in plan.layers]
-    config = UpcycledConfig.from_source(
-        model.config,
-        mixers=["latent_attention"] * len(sources),
+    return UpcycledConfig.from_source(
+        source,
+        mixers=["latent_attention"] * len(plan.layers),
         kv_lora_rank=ranks[0] if len(set(ranks)) == 1 else ranks,
         qk_nope_head_dim=shape.qk_nope_head_dim,
         qk_rope_head_dim=shape.qk_rope_head_dim,
@@ -76,13 +99,6 @@ def apply_plan(model: nn.Module, plan: MlaPlan, on_layer: Callable[[int], None] 
         latent_bias=shape.latent_bias,
         query_pre_attn_scalar=shape.head_dim,
     )
-    new = build_upcycled(model, config)
-    scale = float(getattr(model.model.rotary_emb, "attention_scaling", 1.0))
-    for index, (source, target) in enumerate(zip(sources, attention_layers(new), strict=True)):
-        write_tensors(target, layer_tensors(source, plan.layers[index], shape, scale))
-        if on_layer is not None:
-            on_layer(index + 1)
-    return new
 
 
 def layer_tensors(

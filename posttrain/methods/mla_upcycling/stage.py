@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain.errors import RecipeError, StageError
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
+from posttrain.methods.mla_upcycling.memory import HIDDEN_STATES, SEQUENCES_PER_BATCH, memory_terms
 from posttrain.methods.mla_upcycling.notes import plan_notes
 from posttrain.methods.mla_upcycling.replay import conversion_meta, digests, read_conversion, replayed_shape
 from posttrain.methods.mla_upcycling.shape import MlaShape, resolve_shape
 from posttrain.models.architecture import cache_bytes_per_token, normalise, parameter_count
 from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.device import planning_for
 from posttrain.pipeline.files import clear
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 
@@ -21,10 +25,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from posttrain.methods.mla_upcycling.calibration import CalibrationStatistics
+    from posttrain.methods.mla_upcycling.plan import MlaPlan
 
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-SEQUENCES_PER_BATCH = 4
 SEQUENCES_PER_DOCUMENT = 4
 """A long document gives at most this many calibration sequences, so that more documents are seen."""
 
@@ -75,12 +78,7 @@ class MlaUpcycle(Stage):
         target = upcycled_architecture(source.architecture, shape, ranks)
         before, after = parameter_count(source.architecture), parameter_count(target)
         calibrated = "calibration" in inputs and not cfg.replays and cfg.objective_for(True) != "weight"
-        memory = {"source_weights": 4 * before, "converted_weights": 4 * after}
-        if not cfg.replays:
-            memory["decomposition"] = _decomposition_bytes(shape)
-        if calibrated:
-            memory["statistics"] = _statistics_bytes(shape)
-            memory["activations"] = _forward_bytes(source.architecture, cfg)
+        memory = memory_terms(source.architecture, target, shape, cfg, calibrated)
         return Estimate(
             parameters=after,
             tokens=cfg.calibration_tokens if calibrated else 0,
@@ -91,27 +89,17 @@ class MlaUpcycle(Stage):
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
-        import torch
+        from posttrain.models.loading import load_tokenizer
 
-        from posttrain.methods.mla_upcycling.build import build_plan
-        from posttrain.methods.mla_upcycling.convert import apply_plan
-        from posttrain.methods.mla_upcycling.replay import replayed_plan
-        from posttrain.models.loading import load_model, load_tokenizer, save_model
-
-        source = ctx.inputs["model"].path
-        model, tokenizer = load_model(source, device=ctx.device, dtype=torch.float32), load_tokenizer(source)
+        tokenizer = load_tokenizer(ctx.inputs["model"].path)
         blocks = _calibration_blocks(ctx, tokenizer)
-        layers, batches = model.config.num_hidden_layers, 0 if blocks is None else len(blocks)
-        units = _Units(ctx, batches + 2 * layers)
-        statistics = None if blocks is None else _collect(model, blocks, units.since(0))
-        plan = replayed_plan(ctx) or build_plan(model, ctx.config, statistics, units.since(batches))
-        converted = apply_plan(model, plan, units.since(batches + layers))
-        del model, statistics
-
         target, conversion = ctx.output_dir("model"), ctx.output_dir("conversion")
         for folder in (target, conversion):
             clear(folder)
-        save_model(converted, tokenizer, target, dtype=_stored_dtype(ctx), tokenizer_from=source)
+        with planning_for(ctx.device):
+            memory = self.estimate(ctx.config, {name: given.meta for name, given in ctx.inputs.items()}).memory
+        convert = _by_layer if HIDDEN_STATES in memory else _in_memory
+        plan = convert(ctx, tokenizer, blocks, target)
         plan.save(conversion)
         _record(ctx, plan.report())
         return {"model": target, "conversion": conversion}
@@ -124,6 +112,49 @@ class MlaUpcycle(Stage):
         meta = model_meta(path)
         known = {name: value for name, value in predicted.extra.items() if name != "open"}
         return ArtifactMeta.from_json({**meta.to_json(), "extra": {**known, **meta.extra}})
+
+
+def _in_memory(ctx: StageContext, tokenizer: Any, blocks: list[torch.Tensor] | None, target: Path) -> MlaPlan:
+    import torch
+
+    from posttrain.methods.mla_upcycling.build import build_plan
+    from posttrain.methods.mla_upcycling.calibration import collect_statistics
+    from posttrain.methods.mla_upcycling.convert import apply_plan
+    from posttrain.methods.mla_upcycling.replay import replayed_plan
+    from posttrain.models.loading import load_model, save_model
+
+    source = ctx.inputs["model"].path
+    model = load_model(source, device=ctx.device, dtype=torch.float32)
+    layers, batches = model.config.num_hidden_layers, 0 if blocks is None else len(blocks)
+    units = _Units(ctx, batches + 2 * layers)
+    with _finite_activations():
+        statistics = None if blocks is None else collect_statistics(model, blocks, units.since(0))
+    plan = replayed_plan(ctx) or build_plan(model, ctx.config, statistics, units.since(batches))
+    converted = apply_plan(model, plan, units.since(batches + layers))
+    del model, statistics
+    save_model(converted, tokenizer, target, dtype=_stored_dtype(ctx), tokenizer_from=source)
+    return plan
+
+
+def _by_layer(ctx: StageContext, tokenizer: Any, blocks: list[torch.Tensor] | None, target: Path) -> MlaPlan:
+    from posttrain.methods.mla_upcycling import offload
+    from posttrain.methods.mla_upcycling.replay import replayed_plan
+    from posttrain.models.loading import save_by_shards
+    from posttrain.models.offloaded import OffloadedModel
+
+    source = OffloadedModel(ctx.inputs["model"].path, ctx.device)
+    layers = source.config.num_hidden_layers
+    units = _Units(ctx, (2 if blocks is None else 3) * layers)
+    scratch = ctx.work_dir / "statistics"
+    with _finite_activations():
+        statistics = None if blocks is None else offload.collect_by_layer(source, blocks, scratch, units.since(0))
+    start = 0 if blocks is None else layers
+    plan = replayed_plan(ctx) or offload.plan_by_layer(source, ctx.config, statistics, units.since(start))
+    shards = offload.shards_by_layer(source, plan, units.since(start + layers))
+    skeleton, dtype = offload.skeleton(source, plan), _stored_dtype(ctx)
+    save_by_shards(skeleton, shards, tokenizer, target, dtype=dtype, tokenizer_from=source.folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return plan
 
 
 def _shape(cfg: MlaUpcycleConfig, inputs: Mapping[str, ArtifactMeta]) -> tuple[MlaShape, list[int] | None] | None:
@@ -208,11 +239,10 @@ def _calibration_blocks(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -
     return list(blocks.split(SEQUENCES_PER_BATCH))
 
 
-def _collect(model: Any, blocks: list[torch.Tensor], on_batch: Callable[[int], None]) -> CalibrationStatistics:
-    from posttrain.methods.mla_upcycling.calibration import collect_statistics
-
+@contextmanager
+def _finite_activations() -> Iterator[None]:
     try:
-        return collect_statistics(model, blocks, on_batch)
+        yield
     except ValueError as error:
         fix = "evaluate the source model first: its activations must be finite"
         raise StageError(str(error), where="mla_upcycle calibration", fix=fix) from error
@@ -241,26 +271,6 @@ def _record(ctx: StageContext, report: Mapping[str, Any]) -> None:
         calibration_tokens=report["calibration_tokens"],
         **means,
     )
-
-
-def _decomposition_bytes(shape: MlaShape) -> int:
-    """About ten float64 matrices of the un-repeated key/value width, and the layer's weights in float64."""
-    width, queries = shape.source_elements, shape.heads * shape.head_dim
-    narrow = 0 if shape.q_lora_rank is None else 6 * queries * queries
-    return 8 * (10 * width * width + narrow + (width + 2 * queries) * shape.hidden_size)
-
-
-def _statistics_bytes(shape: MlaShape) -> int:
-    """float64 moments of every layer: of its input, with QK-norm also of normalised keys and queries."""
-    keys = shape.kv_heads * shape.head_dim if shape.qk_norm else 0
-    width = shape.hidden_size + keys
-    return 8 * shape.layers * (width * (width + 1) + keys * shape.head_dim)
-
-
-def _forward_bytes(architecture: Mapping[str, Any], cfg: MlaUpcycleConfig) -> int:
-    """One block's float32 activations at its widest; no logits are computed."""
-    tokens = SEQUENCES_PER_BATCH * cfg.calibration_sequence_length
-    return 4 * tokens * (6 * architecture["hidden_size"] + 3 * architecture["intermediate_size"])
 
 
 def _plan_bytes(shape: MlaShape) -> int:
