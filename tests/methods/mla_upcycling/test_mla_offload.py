@@ -169,7 +169,7 @@ def test_auto_goes_by_layer_where_memory_is_short(tmp_path, monkeypatch) -> None
     assert memory.HIDDEN_STATES not in whole
     monkeypatch.setattr(memory, "planned_memory", lambda: sum(whole.values()) - 1)
     short = STAGE.estimate(ctx.config, metas).memory
-    assert memory.HIDDEN_STATES in short and sum(short.values()) < sum(whole.values()) / 2
+    assert memory.HIDDEN_STATES in short and sum(short.values()) < sum(whole.values()) / 4
     assert len(list(STAGE.run(ctx)["model"].glob("model-*.safetensors"))) == 13
     never = MlaUpcycleConfig(**{**ctx.config.model_dump(), "offload": "never"})
     assert STAGE.estimate(never, metas).memory == whole
