@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from posttrain.errors import StageError
-from posttrain.models.inspect import check_model_folder
-
-INDEX = "model.safetensors.index.json"
+from posttrain.models.inspect import INDEX, WEIGHTS, check_model_folder
 
 
 class OffloadedModel:
@@ -38,14 +36,12 @@ class OffloadedModel:
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         # Its buffers are computed, not stored.
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=self.model.config).to(device)
-        self._files = _files(self.folder)
-        wanted = set(self.model.state_dict()) - set(self.model.all_tied_weights_keys)
-        if absent := sorted(wanted - self._files.keys()):
-            raise StageError(
-                f"the weights do not fit the architecture in config.json (missing: {', '.join(absent[:3])})",
-                where=str(self.folder),
-                fix="save the model again with its own config.json",
-            )
+        self._files, shapes = _stored(self.folder)
+        for name, other in self.model.all_tied_weights_keys.items():  # one tensor, stored under either name
+            if other not in self._files and name in self._files:
+                self._files[other], shapes[other] = self._files[name], shapes[name]
+        self._tied = {other: name for name, other in self.model.all_tied_weights_keys.items()}
+        self._check(shapes)
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor on the device, in `dtype`.
@@ -56,7 +52,8 @@ class OffloadedModel:
         file = self._files[name]
         try:
             with safe_open(file, framework="pt") as tensors:
-                return tensors.get_tensor(name).to(self.device, self.dtype)
+                stored = name if name in tensors.keys() else self._tied[name]  # noqa: SIM118
+                return tensors.get_tensor(stored).to(self.device, self.dtype)
         except (SafetensorError, OSError) as error:
             raise StageError(
                 f"{name} cannot be read: {error}", where=str(file), fix="fetch or save the model again"
@@ -79,18 +76,34 @@ class OffloadedModel:
         finally:
             module.to("meta")
 
-    def held_layer(self, index: int) -> Iterator[nn.Module]:
+    def held_layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """`held` of one decoder layer."""
         return self.held(self.model.model.layers[index], f"model.layers.{index}")
 
+    def _check(self, shapes: dict[str, list[int]]) -> None:
+        state = self.model.state_dict()
+        # Old checkpoints carry rotary buffers that no class reads any more.
+        extra = {name for name in shapes.keys() - state.keys() if not name.endswith("rotary_emb.inv_freq")}
+        reshaped = {name for name in state.keys() & shapes.keys() if list(state[name].shape) != shapes[name]}
+        absent = state.keys() - shapes.keys() - set(self.model.all_tied_weights_keys)
+        wrong = {"missing": absent, "of another shape": reshaped, "unexpected": extra}
+        if any(wrong.values()):
+            said = "; ".join(f"{kind}: {', '.join(sorted(names)[:3])}" for kind, names in wrong.items() if names)
+            raise StageError(
+                f"the weights do not fit the architecture in config.json ({said})",
+                where=str(self.folder),
+                fix="save the model again with its own config.json",
+            )
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The weight file of every stored tensor."""
+
+def _stored(folder: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
+    """File and shape of every stored tensor, from the headers of the model's own files."""
+    names = [WEIGHTS]
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in index.items()}
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    files, shapes = {}, {}
+    for file in (folder / name for name in names):
         with safe_open(file, framework="pt") as tensors:
-            found |= dict.fromkeys(tensors.keys(), file)
-    return found
+            for name in tensors.keys():  # noqa: SIM118
+                files[name], shapes[name] = file, tensors.get_slice(name).get_shape()
+    return files, shapes

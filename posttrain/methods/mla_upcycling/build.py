@@ -40,7 +40,7 @@ def build_plan(
     Args:
         model: a source causal LM of a supported family.
         stats: from `collect_statistics`; None plans from the weights.
-        on_layer: called with the number of layers done; it may raise to stop.
+        on_layer: called with the number of layers done in all `cfg.planning_passes`; it may raise to stop.
         held: where weights stay on disk, the decoder layer of an index while the context lasts.
 
     Raises:
@@ -65,13 +65,14 @@ def build_plan(
     def decompose(source: SourceLayer) -> _Parts:
         return _decompose(source, shape, cfg, objective, frequencies)
 
+    done = on_layer or (lambda _: None)
     layers = []
-    for index, rank in enumerate(_ranks(cfg, shape, lambda index: decompose(read(index)))):
+    before = (cfg.planning_passes - 1) * shape.layers
+    for index, rank in enumerate(_ranks(cfg, shape, lambda index: decompose(read(index)), done)):
         source = read(index)
         narrow = None if shape.q_lora_rank is None else low_rank_query(source, shape, objective)
         layers.append(_finish(index, decompose(source), rank, narrow))
-        if on_layer is not None:
-            on_layer(index + 1)
+        done(before + index + 1)
     provenance = {
         "config": cfg.key_fields(),
         "objective": objective,
@@ -166,12 +167,17 @@ def _finish(index: int, parts: _Parts, rank: int, narrow: LowRankQuery | None) -
     return LayerPlan(*(tensor.cpu() for tensor in tensors), summary, *query)
 
 
-def _ranks(cfg: MlaUpcycleConfig, shape: MlaShape, decompose: Callable[[int], _Parts]) -> list[int]:
+def _ranks(
+    cfg: MlaUpcycleConfig, shape: MlaShape, decompose: Callable[[int], _Parts], done: Callable[[int], None]
+) -> list[int]:
     """The rank of every layer; where it follows from spectra these come first, so that no layer's matrices are kept."""
     if cfg.energy is None and cfg.allocation == "uniform":
         return [shape.kv_lora_rank] * shape.layers
-    parts = (decompose(index) for index in range(shape.layers))
-    spectra = [latent.spectrum(layer.moment, layer.weighting).cpu() for layer in parts]
+    spectra = []
+    for index in range(shape.layers):
+        parts = decompose(index)
+        spectra.append(latent.spectrum(parts.moment, parts.weighting).cpu())
+        done(index + 1)
     largest = min(largest_rank(cfg, shape.head_dim, shape.kv_heads, shape.qk_rope_head_dim), len(spectra[0]))
     spectra = [spectrum[:largest] for spectrum in spectra]
     if cfg.energy is not None:

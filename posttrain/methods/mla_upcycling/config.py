@@ -272,6 +272,11 @@ class MlaUpcycleConfig(StageConfig):
         return self.rank_allocation or ("water_fill" if self.bytes_per_token is not None else "uniform")
 
     @property
+    def planning_passes(self) -> int:
+        """How often all layers are decomposed for a plan: twice where ranks follow from spectra."""
+        return 0 if self.replays else 1 + (self.energy is not None or self.allocation == "water_fill")
+
+    @property
     def latent_kind(self) -> Literal["bkv", "pca", "svd"]:
         """`latent_plan` with null resolved."""
         return self.latent_plan or ("svd" if self.rotary_plan == "xeco" else "bkv")

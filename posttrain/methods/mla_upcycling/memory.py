@@ -8,7 +8,8 @@ from typing import Any
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.methods.mla_upcycling.shape import MlaShape
 from posttrain.models.architecture import parameter_count
-from posttrain.pipeline.device import planned_memory
+from posttrain.pipeline.device import planned_memory, plans_for_gpu
+from posttrain.pipeline.plan import RUNTIME_BYTES
 
 SEQUENCES_PER_BATCH = 4
 HIDDEN_STATES = "hidden_states"
@@ -26,7 +27,8 @@ def memory_terms(
     if cfg.offload == "layers":
         return by_layer
     capacity = planned_memory()
-    fits = capacity is None or sum(whole.values()) <= capacity
+    beside = 0 if plans_for_gpu() else RUNTIME_BYTES  # a plan adds it to what stages estimate
+    fits = capacity is None or sum(whole.values()) + beside <= capacity
     return whole if fits or sum(by_layer.values()) >= sum(whole.values()) else by_layer
 
 
@@ -36,6 +38,7 @@ def _in_memory(
     memory = {"source_weights": 4 * parameter_count(source), "converted_weights": 4 * parameter_count(target)}
     if not cfg.replays:
         memory["decomposition"] = _decomposition_bytes(shape)
+    memory["plan"] = plan_bytes(shape)
     if calibrated:
         memory["statistics"] = shape.layers * _statistics_bytes(shape)
         memory["activations"] = _forward_bytes(source, cfg)
@@ -53,12 +56,26 @@ def _by_layer(
     memory = {"source_weights": max(2 * largest, 2 * around), "converted_weights": 2 * largest}
     if not cfg.replays:
         memory["decomposition"] = _decomposition_bytes(shape)
+    memory["plan"] = plan_bytes(shape)
     memory[HIDDEN_STATES] = 0
     if calibrated:
         memory["statistics"] = 2 * _statistics_bytes(shape)
         memory["activations"] = _forward_bytes(source, cfg)
         memory[HIDDEN_STATES] = 2 * 4 * cfg.calibration_tokens * source["hidden_size"]
     return memory
+
+
+def plan_bytes(shape: MlaShape) -> int:
+    """The matrices of all layers' plans, float32."""
+    expansion = shape.kv_heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+    rotary = shape.qk_rope_head_dim * shape.source_elements
+    query = 2 * (shape.q_lora_rank or 0) * shape.heads * shape.head_dim
+    return 4 * shape.layers * (shape.kv_lora_rank * (shape.source_elements + expansion) + rotary + query)
+
+
+def stored_statistics_bytes(shape: MlaShape) -> int:
+    """Files of a conversion by layer while it lasts: the moments of every layer."""
+    return shape.layers * _statistics_bytes(shape)
 
 
 def _decomposition_bytes(shape: MlaShape) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.methods.mla_upcycling.presets import account
 from posttrain.methods.mla_upcycling.shape import MlaShape
+from posttrain.pipeline.plan_text import size
 
 
 def plan_notes(
@@ -35,6 +36,14 @@ def plan_notes(
         notes.append(f"queries of rank {shape.q_lora_rank} save parameters; the cache is as large without")
     notes += _rotary(cfg, shape, architecture)
     return notes + _calibration(cfg, shape, has_calibration)
+
+
+def layer_notes(cfg: MlaUpcycleConfig, calibrated: bool, meanwhile: int) -> list[str]:
+    """What a conversion by layer costs instead of memory; `meanwhile` bytes of files that go when it is done."""
+    passes = calibrated + cfg.planning_passes + 1
+    why = "offload=layers" if cfg.offload == "layers" else "it would not fit into memory whole"
+    files = f", {size(meanwhile)} of statistics in files meanwhile" if meanwhile else ""
+    return [f"converted by layer ({why}): the source is read {passes} times{files}"]
 
 
 def _size(cfg: MlaUpcycleConfig, shape: MlaShape, ranks: list[int] | None) -> str:

@@ -114,7 +114,7 @@ def _layer_calls(source: OffloadedModel, batches: Sequence[Tensor]) -> list[tupl
         with source.held(model.embed_tokens, "model.embed_tokens"), source.held(model.norm, "model.norm"):
             for batch in batches:
                 model(input_ids=batch.to(source.device), use_cache=False)
-    return [(hidden.cpu(), rest) for hidden, rest in caught]
+    return caught
 
 
 @contextmanager
@@ -133,5 +133,5 @@ class _Catcher(nn.Module):
         self.caught: list[tuple[Tensor, dict[str, Any]]] = []
 
     def forward(self, hidden_states: Tensor, **rest: Any) -> Tensor:
-        self.caught.append((hidden_states, rest))
+        self.caught.append((hidden_states.cpu(), rest))
         return hidden_states

@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain.errors import RecipeError, StageError
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
-from posttrain.methods.mla_upcycling.memory import HIDDEN_STATES, SEQUENCES_PER_BATCH, memory_terms
-from posttrain.methods.mla_upcycling.notes import plan_notes
+from posttrain.methods.mla_upcycling.memory import (
+    HIDDEN_STATES,
+    SEQUENCES_PER_BATCH,
+    memory_terms,
+    plan_bytes,
+    stored_statistics_bytes,
+)
+from posttrain.methods.mla_upcycling.notes import layer_notes, plan_notes
 from posttrain.methods.mla_upcycling.replay import conversion_meta, digests, read_conversion, replayed_shape
 from posttrain.methods.mla_upcycling.shape import MlaShape, resolve_shape
 from posttrain.models.architecture import cache_bytes_per_token, normalise, parameter_count
@@ -79,13 +85,19 @@ class MlaUpcycle(Stage):
         before, after = parameter_count(source.architecture), parameter_count(target)
         calibrated = "calibration" in inputs and not cfg.replays and cfg.objective_for(True) != "weight"
         memory = memory_terms(source.architecture, target, shape, cfg, calibrated)
+        notes = plan_notes(cfg, shape, source.architecture, (before, after), "calibration" in inputs, ranks)
+        disk = after * ELEMENT_SIZE.get(str(source.extra.get("dtype")), 2) + plan_bytes(shape)
+        if HIDDEN_STATES in memory:
+            meanwhile = stored_statistics_bytes(shape) if calibrated else 0
+            notes += layer_notes(cfg, calibrated, meanwhile)
+            disk += meanwhile
         return Estimate(
             parameters=after,
             tokens=cfg.calibration_tokens if calibrated else 0,
             memory=memory,
             cache_bytes_per_token=cache_bytes_per_token(target),
-            disk_bytes=after * ELEMENT_SIZE.get(str(source.extra.get("dtype")), 2) + _plan_bytes(shape),
-            notes=tuple(plan_notes(cfg, shape, source.architecture, (before, after), "calibration" in inputs, ranks)),
+            disk_bytes=disk,
+            notes=tuple(notes),
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
@@ -126,11 +138,12 @@ def _in_memory(ctx: StageContext, tokenizer: Any, blocks: list[torch.Tensor] | N
     source = ctx.inputs["model"].path
     model = load_model(source, device=ctx.device, dtype=torch.float32)
     layers, batches = model.config.num_hidden_layers, 0 if blocks is None else len(blocks)
-    units = _Units(ctx, batches + 2 * layers)
+    planned = batches + ctx.config.planning_passes * layers
+    units = _Units(ctx, planned + layers)
     with _finite_activations():
         statistics = None if blocks is None else collect_statistics(model, blocks, units.since(0))
     plan = replayed_plan(ctx) or build_plan(model, ctx.config, statistics, units.since(batches))
-    converted = apply_plan(model, plan, units.since(batches + layers))
+    converted = apply_plan(model, plan, units.since(planned))
     del model, statistics
     save_model(converted, tokenizer, target, dtype=_stored_dtype(ctx), tokenizer_from=source)
     return plan
@@ -144,13 +157,14 @@ def _by_layer(ctx: StageContext, tokenizer: Any, blocks: list[torch.Tensor] | No
 
     source = OffloadedModel(ctx.inputs["model"].path, ctx.device)
     layers = source.config.num_hidden_layers
-    units = _Units(ctx, (2 if blocks is None else 3) * layers)
+    start = 0 if blocks is None else layers
+    planned = start + ctx.config.planning_passes * layers
+    units = _Units(ctx, planned + layers)
     scratch = ctx.work_dir / "statistics"
     with _finite_activations():
         statistics = None if blocks is None else offload.collect_by_layer(source, blocks, scratch, units.since(0))
-    start = 0 if blocks is None else layers
     plan = replayed_plan(ctx) or offload.plan_by_layer(source, ctx.config, statistics, units.since(start))
-    shards = offload.shards_by_layer(source, plan, units.since(start + layers))
+    shards = offload.shards_by_layer(source, plan, units.since(planned))
     skeleton, dtype = offload.skeleton(source, plan), _stored_dtype(ctx)
     save_by_shards(skeleton, shards, tokenizer, target, dtype=dtype, tokenizer_from=source.folder)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -271,10 +285,3 @@ def _record(ctx: StageContext, report: Mapping[str, Any]) -> None:
         calibration_tokens=report["calibration_tokens"],
         **means,
     )
-
-
-def _plan_bytes(shape: MlaShape) -> int:
-    expansion = shape.kv_heads * (shape.qk_nope_head_dim + shape.v_head_dim)
-    rotary = shape.qk_rope_head_dim * shape.source_elements
-    query = 2 * (shape.q_lora_rank or 0) * shape.heads * shape.head_dim
-    return 4 * shape.layers * (shape.kv_lora_rank * (shape.source_elements + expansion) + rotary + query)

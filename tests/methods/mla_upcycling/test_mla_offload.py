@@ -9,18 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from source_models import make_source
 from transformers import AutoModelForCausalLM
 
-from posttrain.errors import StageError, StopRequested
+from posttrain.cli.live import progress_line
+from posttrain.errors import RecipeError, StageError, StopRequested
 from posttrain.methods.mla_upcycling import memory, offload
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
+from posttrain.methods.mla_upcycling.shape import resolve_shape
 from posttrain.methods.mla_upcycling.stage import MlaUpcycle
+from posttrain.models import loading
 from posttrain.models.inspect import model_meta
 from posttrain.models.loading import save_model
 from posttrain.models.offloaded import OffloadedModel
 from posttrain.models.tiny import tiny_tokenizer
 from posttrain.pipeline.context import InputArtifact, StageContext
+from posttrain.pipeline.plan import RUNTIME_BYTES
+from posttrain.pipeline.progress import StageState
 from posttrain.pipeline.stage import ArtifactMeta
 
 STAGE = MlaUpcycle()
@@ -70,8 +76,8 @@ def saved(folder: Path, family: str, dtype=None, **changes) -> Path:
     ("family", "plan", "changes"),
     [
         *(("llama", plan, {}) for plan in PLANS),
-        ("qwen2", "rorope, attention", {}),
-        ("qwen3", "water filling", {"tie_word_embeddings": False}),
+        *(("qwen2", plan, {}) for plan in list(PLANS)[:3]),
+        *(("qwen3", plan, {"tie_word_embeddings": False}) for plan in list(PLANS)[:3]),
         ("mistral", "rorope, attention", {"tie_word_embeddings": False}),
     ],
 )
@@ -118,37 +124,47 @@ def test_few_layers_are_there_at_a_time(tmp_path, monkeypatch) -> None:
     ctx = context(tmp_path, source, "layers", kv_lora_rank=16)
     gc.collect()
     before, peaks = live_bytes(), []
-    for name in ("layer_statistics", "write_tensors"):
-        kept = getattr(offload, name)
+    for where, name in ((offload, "layer_statistics"), (offload, "write_tensors"), (loading, "save_file")):
+        kept = getattr(where, name)
 
         def watched(*args, kept=kept, **kwargs):
             found = kept(*args, **kwargs)
             peaks.append(live_bytes() - before)
             return found
 
-        monkeypatch.setattr(offload, name, watched)
+        monkeypatch.setattr(where, name, watched)
     STAGE.run(ctx)
-    assert len(peaks) == 24 and layer < max(peaks) < 3 * layer
+    assert len(peaks) == 37 and layer < max(peaks) < 3 * layer
 
 
-def test_a_stop_between_layers_and_an_undisturbed_second_attempt(tmp_path) -> None:
+@pytest.mark.parametrize("units", [1, 3, 5, 7], ids=["calibrating", "spectra", "planning", "writing"])
+def test_a_stop_in_every_phase_and_an_undisturbed_second_attempt(tmp_path, units) -> None:
     source = saved(tmp_path, "llama")
-    ctx = context(tmp_path, source, "layers", kv_lora_rank=16)
-    (ctx.work_dir / "STOP").touch()
+    ctx = context(tmp_path, source, "layers", **PLANS["water filling"])
+    ctx.progress = lambda done, total, **_: (ctx.work_dir / "STOP").touch() if done == units else None
     with pytest.raises(StopRequested):
         STAGE.run(ctx)
+    assert not list((ctx.work_dir / "outputs" / "model").iterdir())
     (ctx.work_dir / "STOP").unlink()
-    whole = STAGE.run(context(tmp_path, source, "never", kv_lora_rank=16))
-    assert_equal_folders(whole["model"], STAGE.run(ctx)["model"])
-    assert not (ctx.work_dir / "statistics").exists()
+    again = context(tmp_path, source, "layers", **PLANS["water filling"])
+    whole = STAGE.run(context(tmp_path, source, "never", **PLANS["water filling"]))
+    assert_equal_folders(whole["model"], STAGE.run(again)["model"])
+    assert sorted(path.name for path in again.work_dir.iterdir()) == ["outputs"]
+    assert sorted(path.name for path in (again.work_dir / "outputs").iterdir()) == ["conversion", "model"]
 
 
-def test_progress_counts_layers_to_the_end(tmp_path) -> None:
-    ctx = context(tmp_path, saved(tmp_path, "llama"), "layers", kv_lora_rank=16)
-    seen = []
+@pytest.mark.parametrize(("plan", "passes"), [("rorope, attention", 3), ("water filling", 4), ("energy", 4)])
+@pytest.mark.parametrize("offload", ["layers", "never"])
+def test_progress_counts_layers_to_the_end(tmp_path, offload, plan, passes) -> None:
+    """In memory calibration is counted in batches, of which there are two as well."""
+    ctx = context(tmp_path, saved(tmp_path, "llama"), offload, **PLANS[plan])
+    seen, state = [], StageState("upcycle")
     ctx.progress = lambda done, total, unit="step", **_: seen.append((done, total))
     STAGE.run(ctx)
-    assert seen == [(count, 6) for count in range(1, 7)]
+    assert seen == [(count, 2 * passes) for count in range(1, 2 * passes + 1)]
+    for time, (done, total) in enumerate(seen[:-2]):
+        state.update({"event": "progress", "time": time, "done": done, "total": total, "unit": "step"})
+    assert progress_line(state) == f"upcycle  step {2 * passes - 2}/{2 * passes}  1/s  ETA 2s"
 
 
 def test_a_tensor_that_cannot_be_read_is_named_with_its_file(tmp_path) -> None:
@@ -161,13 +177,87 @@ def test_a_tensor_that_cannot_be_read_is_named_with_its_file(tmp_path) -> None:
     assert str(file) in str(caught.value)
 
 
+def test_a_truncated_shard_is_named_before_anything_is_read(tmp_path) -> None:
+    source = tmp_path / "source"
+    save_model(make_source("llama"), tiny_tokenizer(), source, max_shard_size="60KB")
+    ctx = context(tmp_path, source, "layers", kv_lora_rank=16)
+    file = sorted(source.glob("*.safetensors"))[-1]
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    with pytest.raises(RecipeError, match="truncated") as caught:
+        STAGE.run(ctx)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value).split("\n  at: ")[0]
+    assert not (ctx.work_dir / "statistics").exists()
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "change"),
+    [
+        (f"missing: {UP}", lambda state: state.pop(UP)),
+        (f"of another shape: {UP}", lambda state: state.update({UP: torch.ones(3, 64)})),
+        ("unexpected: model.layers.1.more", lambda state: state.update({"model.layers.1.more": torch.ones(3)})),
+    ],
+)
+def test_foreign_weights_are_refused_before_any_layer(tmp_path, wrong, change) -> None:
+    file = saved(tmp_path, "llama") / "model.safetensors"
+    change(state := load_file(file))
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(StageError, match=wrong):
+        OffloadedModel(tmp_path / "source")
+
+
+def test_files_beside_the_model_are_not_read_and_a_tied_weight_may_have_either_name(tmp_path) -> None:
+    source = saved(tmp_path, "llama")
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    save_file({"of.another.model": torch.ones(3)}, source / "other.safetensors")
+    whole, layered = (STAGE.run(context(tmp_path, source, how, kv_lora_rank=16)) for how in ("never", "layers"))
+    assert_equal_folders(whole["model"], layered["model"])
+
+
+def test_the_plan_shows_what_layers_cost_instead_of_memory(tmp_path) -> None:
+    source = saved(tmp_path, "llama", num_hidden_layers=12, intermediate_size=3072)
+    found = {}
+    for how in ("never", "layers"):
+        ctx = context(tmp_path, source, how, **PLANS["water filling"])
+        found[how] = STAGE.estimate(ctx.config, {name: given.meta for name, given in ctx.inputs.items()})
+    whole, layered = found["never"], found["layers"]
+    assert sum(layered.memory.values()) < sum(whole.memory.values()) / 3
+    assert layered.memory["plan"] == whole.memory["plan"] > 0
+    moments = 12 * 8 * (64 * 64 + 64)
+    assert layered.disk_bytes - whole.disk_bytes == moments
+    (note,) = set(layered.notes) - set(whole.notes)
+    assert note.startswith("converted by layer (offload=layers): the source is read 4 times")
+    STAGE.run(ctx)
+    plan = ctx.work_dir / "outputs" / "conversion" / "plan.safetensors"
+    assert sum(tensor.nbytes for tensor in load_file(plan).values()) < 1.1 * layered.memory["plan"]
+
+
+def test_statistics_files_are_as_large_as_planned(tmp_path) -> None:
+    for family in ("llama", "qwen3"):
+        ctx = context(tmp_path / family, saved(tmp_path / family, family), "layers", kv_lora_rank=16)
+        shape = resolve_shape(ctx.inputs["model"].meta.architecture, ctx.config)
+        source = OffloadedModel(ctx.inputs["model"].path)
+        offload.collect_by_layer(source, [torch.arange(32)[None]], ctx.work_dir / "statistics")
+        size = sum(t.nbytes for file in (ctx.work_dir / "statistics").iterdir() for t in load_file(file).values())
+        assert size == memory.stored_statistics_bytes(shape)
+
+
 def test_auto_goes_by_layer_where_memory_is_short(tmp_path, monkeypatch) -> None:
     source = saved(tmp_path, "llama", num_hidden_layers=12, intermediate_size=3072)
     ctx = context(tmp_path, source, "auto", kv_lora_rank=16)
     metas = {name: given.meta for name, given in ctx.inputs.items()}
     whole = STAGE.estimate(ctx.config, metas).memory
     assert memory.HIDDEN_STATES not in whole
-    monkeypatch.setattr(memory, "planned_memory", lambda: sum(whole.values()) - 1)
+    room = sum(whole.values()) + RUNTIME_BYTES
+    monkeypatch.setattr(memory, "planned_memory", lambda: room)
+    assert STAGE.estimate(ctx.config, metas).memory == whole
+    monkeypatch.setattr(memory, "planned_memory", lambda: room - 1)
     short = STAGE.estimate(ctx.config, metas).memory
     assert memory.HIDDEN_STATES in short and sum(short.values()) < sum(whole.values()) / 4
     assert len(list(STAGE.run(ctx)["model"].glob("model-*.safetensors"))) == 13
