@@ -62,7 +62,7 @@ def test_a_recipe_is_shown_as_it_would_run(capsys: pytest.CaptureFixture[str], t
 def test_origins_stand_beside_the_values(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "x_ecomla", "scale=smoke", "seed=5", origin=True).splitlines()
     (seed,) = [line for line in lines if line.startswith("seed:")]
-    (width,) = [line for line in lines if "residual_dtype:" in line]
+    (width,) = [line for line in lines if "logits_dtype:" in line]
     (ratio,) = [line for line in lines if "kv_ratio:" in line]
     assert seed.endswith("# seed=5") and width.endswith("# default") and "x_ecomla.yaml:" in ratio
 
