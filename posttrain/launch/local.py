@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from posttrain.launch.job import LOCK, OUTCOME, STOP, Job
-from posttrain.pipeline.lock import Owner, held, holder
+from posttrain.pipeline.lock import STALE_SECONDS, Owner, held, holder
 
 
 class LocalWorker:
@@ -84,6 +84,8 @@ def child_environment() -> dict[str, str]:
 def end_orphan(work_dir: Path, patience: float = 20.0) -> None:
     """Wait for a worker whose runner is gone (it ends by itself), then end it by pid and start time.
 
+    A worker on another machine is waited for, until its lock is stale.
+
     Raises:
         TimeoutError: the lock is still held although its owner is gone.
     """
@@ -94,7 +96,7 @@ def end_orphan(work_dir: Path, patience: float = 20.0) -> None:
     owner = holder(lock)
     if owner is not None:
         kill_process(owner)
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + (5.0 if owner is None or owner.here else 2 * STALE_SECONDS)
     while held(lock):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{lock} is still held, but not by a process that can be ended")

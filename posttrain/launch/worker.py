@@ -38,7 +38,7 @@ def main(work_dir: Path, *, watch_stdin: bool = False) -> int:
     """
     job = Job.read(work_dir)
     try:
-        lock = Lock.acquire(work_dir / LOCK)
+        lock = Lock.acquire(work_dir / LOCK, on_lost=_give_up)
     except LockHeld as error:
         raise StageError(str(error), fix="wait for it, or end it with posttrain cancel") from error
     with lock:
@@ -49,6 +49,12 @@ def main(work_dir: Path, *, watch_stdin: bool = False) -> int:
         if watch_stdin:
             stop_when_closed(sys.stdin.fileno(), work_dir)
         return run_job(job, work_dir)
+
+
+def _give_up() -> None:
+    """The work folder is another worker's, or gone: whatever this one wrote from now on would be in the way."""
+    print("posttrain: the work folder was taken over or removed; this worker ends", flush=True)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def run_job(job: Job, work_dir: Path) -> int:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, PosttrainError
 from posttrain.pipeline.events import Event, EventLog, EventReader
-from posttrain.pipeline.files import read_json, write_json, write_text
+from posttrain.pipeline.files import discard_tree, read_json, write_json, write_text
 from posttrain.pipeline.fingerprint import digest
 from posttrain.pipeline.graph import in_section
-from posttrain.pipeline.lock import Lock, LockHeld, held
+from posttrain.pipeline.lock import Lock, LockHeld, held, holder
 from posttrain.pipeline.plan import Plan, StagePlan
 from posttrain.pipeline.progress import RunState, state_of
 from posttrain.pipeline.run_dir import FORMAT, RunDir
@@ -131,9 +130,7 @@ class Execution:
         self.finished[planned.name] = artifact
         self.run_dir.link_artifact(planned.name, artifact.folder)
         self.log.append("stage_cached", planned.name, key=planned.key)
-        leftover = self.plan.store.work_dir(planned.stage.type, planned.key)
-        if leftover.exists() and not held(leftover / "lock") and not held(leftover / "runner"):
-            rmtree(leftover)
+        discard_work(self.plan.store.work_dir(planned.stage.type, planned.key))
 
     def _stage(self, planned: StagePlan) -> tuple[str, str]:
         """Run one stage to its end; returns "done", "cached", "stopped" or "failed", and why."""
@@ -142,7 +139,7 @@ class Execution:
         if claim is None:
             return "stopped", ""
         with claim:
-            return self._claimed(planned, work_dir)
+            return self._claimed(planned, work_dir, claim)
 
     def _claim(self, planned: StagePlan, work_dir: Path) -> Lock | None:
         """The right to look after a work folder, once no other runner has it; None when a stop was asked for."""
@@ -163,14 +160,16 @@ class Execution:
             if claim is not None:
                 claim.release()
             if not told:
-                self.display.note(f"{planned.name}: another run is computing it; waiting for that")
+                who = holder(work_dir / CLAIM) or holder(work_dir / LOCK)
+                whose = f" ({who})" if who is not None else ""
+                self.display.note(f"{planned.name}: another run{whose} is computing it; waiting for that")
                 told = True
             self._show_events()
             if self._stop_wanted():
                 return None
             time.sleep(POLL_SECONDS)
 
-    def _claimed(self, planned: StagePlan, work_dir: Path) -> tuple[str, str]:
+    def _claimed(self, planned: StagePlan, work_dir: Path, claim: Lock) -> tuple[str, str]:
         """Run one stage whose work folder is ours."""
         from posttrain.launch.job import clear_work
         from posttrain.launch.local import LocalWorker
@@ -180,7 +179,7 @@ class Execution:
         artifact = store.find(type_, key)
         if artifact is not None and not planned.forced:
             self._cached(planned, artifact)
-            rmtree(work_dir, ignore_errors=True)
+            discard_tree(work_dir)
             return "cached", ""
         before = files_before(store, type_, key)
         if planned.forced:
@@ -202,6 +201,10 @@ class Execution:
         except BaseException:
             worker.kill()
             raise
+        if not claim.held:
+            who = holder(claim.path)
+            what = f"stage {planned.name}: {who or 'another process'} has taken over its work folder, as this runner "
+            return self._failed(planned, f"{what}showed no life for a while; it goes on there")
         how = self._conclude(planned, job, code)
         if before is not None and planned.name in self.finished:
             self._rerun_descendants(planned, before)
@@ -294,7 +297,7 @@ class Execution:
         if artifact is not None:
             self.finished[planned.name] = artifact
             self.run_dir.link_artifact(planned.name, artifact.folder)
-            rmtree(work_dir, ignore_errors=True)
+            discard_tree(work_dir)
             self.log.append("stage_finished", planned.name, seconds=artifact.manifest["seconds"])
             return "done", ""
         if outcome is not None and outcome["status"] == "stopped":
@@ -363,6 +366,21 @@ class Execution:
             return read_json(self.run_dir.report_record_path)
         except (OSError, ValueError):
             return None
+
+
+def discard_work(work_dir: Path) -> bool:
+    """Remove a work folder unless somebody works in it; true when it is gone."""
+    from posttrain.launch.job import CLAIM, LOCK
+
+    if not work_dir.exists():
+        return True
+    try:
+        # In a runner's order: it claims the folder first and starts a worker then.
+        with Lock.acquire(work_dir / CLAIM, patience=0), Lock.acquire(work_dir / LOCK, patience=0):
+            discard_tree(work_dir)
+    except LockHeld:
+        return False
+    return True
 
 
 def make_record(plan: Plan, created: float) -> dict[str, Any]:

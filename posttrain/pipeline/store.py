@@ -186,6 +186,7 @@ def publish(work_dir: Path, target: Path) -> Artifact:
     if target.exists() and not (target / MANIFEST).exists():
         remove_tree(target)
     if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(work_dir / "outputs", target)
         sync_folder(target.parent)
     old = target.with_name(f".old-{target.name}")
