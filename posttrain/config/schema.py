@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -40,8 +40,21 @@ class Engine(Section):
 
     name: str = Field("auto", description="The option chosen from conf/engine.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when a device is there, else cpu.")
-    ranks: int = Field(1, ge=1, le=1, description="Processes per node; one until several ranks are supported.")
+    strategy: Literal["single", "ddp"] = Field(
+        "single",
+        description="How training stages use several ranks. single: one rank. ddp: every rank has the whole model and "
+        "its share of each step's sequences.",
+    )
+    ranks: int = Field(
+        1, ge=1, le=1024, description="Processes of a training stage on one machine, one for each GPU: engine=ddp."
+    )
     nodes: int = Field(1, ge=1, le=1, description="Machines; one until several are supported.")
+
+    @model_validator(mode="after")
+    def _ranks_need_a_strategy(self) -> Self:
+        if self.ranks > 1 and self.strategy == "single":
+            raise ValueError(f"engine={self.name} works on one rank, not on {self.ranks}, e.g. engine=ddp")
+        return self
 
 
 class Launcher(Section):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import StageError
+from posttrain.errors import PosttrainError, StageError
 from posttrain.pipeline.files import read_json, remove_tree, write_json
 
 JOB, LOCK, STOP, OUTCOME = "job.json", "lock", "STOP", "outcome.json"
@@ -73,6 +74,16 @@ def clear_work(work_dir: Path) -> None:
             remove_tree(path)
         else:
             path.unlink()
+
+
+def describe_failure(error: BaseException) -> dict[str, Any]:
+    """Why an attempt failed, as fields of its outcome: a known reason with its problems, or a traceback."""
+    if isinstance(error, PosttrainError):
+        problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
+        advised = any(problem.fix for problem in error.problems)
+        return {"message": str(error), "known": True, "advised": advised, "problems": problems}
+    text = "".join(traceback.format_exception(error))
+    return {"message": f"{type(error).__name__}: {error}", "known": False, "traceback": text}
 
 
 def write_outcome(work_dir: Path, status: str, **fields: Any) -> dict[str, Any]:

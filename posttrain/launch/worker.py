@@ -16,11 +16,10 @@ from posttrain.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
-    PosttrainError,
     StageError,
     StopRequested,
 )
-from posttrain.launch.job import LOCK, OUTCOME, STOP, Job, write_outcome
+from posttrain.launch.job import LOCK, OUTCOME, STOP, Job, describe_failure, write_outcome
 from posttrain.pipeline.lock import Lock, LockHeld
 
 GRACE_SECONDS = 15.0
@@ -48,7 +47,7 @@ def main(work_dir: Path, *, watch_stdin: bool = False) -> int:
         signal.signal(signal.SIGTERM, lambda *_: (work_dir / STOP).touch())
         if watch_stdin:
             stop_when_closed(sys.stdin.fileno(), work_dir)
-        return run_job(job, work_dir)
+        return run_job(job, work_dir, lock)
 
 
 def _give_up() -> None:
@@ -57,31 +56,26 @@ def _give_up() -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-def run_job(job: Job, work_dir: Path) -> int:
+def run_job(job: Job, work_dir: Path, lock: Lock | None = None) -> int:
     """Execute a job whose work folder this process holds, record the outcome, return the exit code."""
     print(f"posttrain: stage {job.stage} ({job.type}), attempt {job.attempt}, process {os.getpid()}", flush=True)
-    outcome, code = _attempt(job, work_dir)
+    outcome, code = _attempt(job, work_dir, lock)
     write_outcome(work_dir, **outcome)
     print(f"posttrain: {outcome['status']} {outcome.get('message', '')}".rstrip(), flush=True)
     return code
 
 
-def _attempt(job: Job, work_dir: Path) -> tuple[dict[str, Any], int]:
+def _attempt(job: Job, work_dir: Path, lock: Lock | None) -> tuple[dict[str, Any], int]:
     from posttrain.launch.execute import execute_job
 
     started = time.time()
     try:
-        execute_job(job, work_dir)
+        execute_job(job, work_dir, lock)
     except StopRequested as stop:
         return {"status": "stopped", "step": stop.step}, EXIT_STOPPED
-    except PosttrainError as error:
-        traceback.print_exc()
-        advised = any(problem.fix for problem in error.problems)
-        return {"status": "failed", "message": str(error), "known": True, "advised": advised}, EXIT_FAILED
     except Exception as error:
         traceback.print_exc()
-        unknown = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        return {"status": "failed", "known": False, **unknown}, EXIT_FAILED
+        return {"status": "failed", **describe_failure(error)}, EXIT_FAILED
     return {"status": "done", "seconds": time.time() - started}, EXIT_DONE
 
 

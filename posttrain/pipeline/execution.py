@@ -255,7 +255,7 @@ class Execution:
             target=str(self.plan.store.folder(planned.stage.type, planned.key)),
             events=str(self.run_dir.events_path),
             device=engine.device,
-            ranks=engine.ranks,
+            ranks=engine.ranks if planned.stage.parallel else 1,
             attempt=attempt,
             log=str(self.run_dir.log_path(planned.name, attempt)),
             tracker=self._tracker(),

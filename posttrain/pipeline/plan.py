@@ -194,7 +194,7 @@ class _Planner:
     ) -> None:
         self.seed, self.resolved = resolved.frame.seed, resolved
         self.graph, self.store, self.selected, self.forced, self.previous = graph, store, selected, forced, previous
-        self.device = resolved.frame.engine.device
+        self.device, self.ranks = resolved.frame.engine.device, resolved.frame.engine.ranks
         self.done: dict[str, StagePlan] = {}
         self.problems: list[Problem] = []
 
@@ -270,16 +270,33 @@ class _Planner:
             else:
                 planned.outputs = planned.stage.describe(planned.cfg, known)
                 planned.stage.check(planned.cfg, known)
+                self._check_ranks(planned)
             with planning_for(self.device):
-                planned.estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
+                estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
+                planned.estimate = self._of_all_ranks(planned, estimate)
         except RecipeError as error:
             self._note(planned.name, error)
+
+    def _check_ranks(self, planned: StagePlan) -> None:
+        if self.ranks == 1 or not planned.stage.parallel:
+            return
+        try:
+            planned.stage.check_ranks(planned.cfg, self.ranks)
+        except ValueError as error:
+            fix = "another number of ranks, or of sequences a step"
+            raise RecipeError(f"engine.ranks={self.ranks}: {error}", "engine.ranks", fix) from error
 
     def _with_runtime(self, estimate: Estimate) -> Estimate:
         """Add the `runtime` term where memory is estimated and is that of the host."""
         if not estimate.memory or not computes_on_host(self.device):
             return estimate
         return replace(estimate, memory={**estimate.memory, "runtime": RUNTIME_BYTES})
+
+    def _of_all_ranks(self, planned: StagePlan, estimate: Estimate) -> Estimate:
+        """Ranks on the host share its memory; on GPUs each has its own."""
+        if self.ranks == 1 or not planned.stage.parallel or not computes_on_host(self.device):
+            return estimate
+        return replace(estimate, memory={term: self.ranks * size for term, size in estimate.memory.items()})
 
     def _note(self, name: str, error: RecipeError) -> None:
         stage, section = self.graph.stages[name][0], section_of(name)

@@ -43,7 +43,7 @@ class StageCallback(TrainerCallback):
         last = state.global_step >= state.max_steps
         if self.ctx.should_stop():
             self.stopped = control.should_training_stop = control.should_save = True
-        elif not last and self._due(state.global_step, now):
+        elif not last and self.ctx.same(self._due(state.global_step, now)):
             control.should_save = True
         return control
 
