@@ -70,6 +70,7 @@ def leftovers(outputs: Path) -> list[Leftover]:
         _leftover(folder, "made from outputs that a forced rerun replaced")
         for folder in sorted(store.root.glob("*/.stale-*"))
     ]
+    stale += [_leftover(folder, "damaged; it was made again") for folder in sorted(store.root.glob("*/.damaged-*"))]
     stale += [_leftover(folder, "was just being removed") for folder in sorted(store.root.glob("*/.gone-*"))]
     return found + stale + _set_aside(store, wanted)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import registry
-from posttrain.errors import PosttrainError, RecipeError, StageError
+from posttrain.errors import DamagedInputs, PosttrainError, RecipeError, StageError
 from posttrain.launch.job import Job, clear_work
 from posttrain.pipeline.context import InputArtifact, StageContext
 from posttrain.pipeline.events import EventLog
@@ -23,7 +23,7 @@ from posttrain.pipeline.fingerprint import changed_external
 from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.stage import ArtifactMeta, Stage
-from posttrain.pipeline.store import Artifact, publish, seal, sealed
+from posttrain.pipeline.store import Artifact, damage, publish, seal, sealed
 
 VERSIONED = ("posttrain", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 STRUCTURE = (
@@ -62,6 +62,7 @@ def execute_job(job: Job, work_dir: Path, lock: Lock | None = None) -> Artifact:
     started = time.time()
     clear_leftovers(work_dir)
     check_external(stage, job, work_dir)
+    check_inputs(job)
     if job.ranks > 1:
         from posttrain.launch.ranks import run_ranks
 
@@ -132,6 +133,21 @@ def check_external(stage: Stage, job: Job, work_dir: Path) -> None:
         clear_work(work_dir)
         fix = "run again: posttrain run plans with what is there now"
         raise StageError("an input changed while the run was going on", "; ".join(changed), fix)
+
+
+def check_inputs(job: Job) -> None:
+    """Hash the inputs again: a file may have been cut short or changed since it was written, by a disk or a person.
+
+    Raises:
+        DamagedInputs: with what is wrong of which input.
+    """
+    found = {}
+    for name, one in job.inputs.items():
+        folder = Path(one["path"])
+        if lines := damage(folder.parent, folder.name):
+            found[name] = lines
+    if found:
+        raise DamagedInputs(found)
 
 
 def clear_leftovers(work_dir: Path) -> None:

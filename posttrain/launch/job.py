@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import PosttrainError, StageError
+from posttrain.errors import DamagedInputs, PosttrainError, StageError
+from posttrain.pipeline.disk import disk_error
 from posttrain.pipeline.files import read_json, remove_tree, write_json
 
 JOB, LOCK, STOP, OUTCOME = "job.json", "lock", "STOP", "outcome.json"
@@ -76,12 +77,15 @@ def clear_work(work_dir: Path) -> None:
             path.unlink()
 
 
-def describe_failure(error: BaseException) -> dict[str, Any]:
+def describe_failure(error: BaseException, work_dir: Path) -> dict[str, Any]:
     """Why an attempt failed, as fields of its outcome: a known reason with its problems, or a traceback."""
+    if not isinstance(error, PosttrainError):
+        error = disk_error(error, work_dir) or error
     if isinstance(error, PosttrainError):
         problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
         advised = any(problem.fix for problem in error.problems)
-        return {"message": str(error), "known": True, "advised": advised, "problems": problems}
+        damaged = {"damaged": error.inputs} if isinstance(error, DamagedInputs) else {}
+        return {"message": str(error), "known": True, "advised": advised, "problems": problems, **damaged}
     text = "".join(traceback.format_exception(error))
     return {"message": f"{type(error).__name__}: {error}", "known": False, "traceback": text}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, PosttrainError, StopRequested
 from posttrain.launch.job import Job, describe_failure
+from posttrain.pipeline.disk import free_reserve
 from posttrain.pipeline.files import write_json
 
 COMPUTED = "computed.json"
@@ -54,8 +55,9 @@ def main(work_dir: Path) -> int:
             write_json(work_dir / COMPUTED, {"status": "stopped", "step": stop.step})
     except (PosttrainError, Exception) as error:
         traceback.print_exc()
+        free_reserve(work_dir)
         (work_dir / RANKS).mkdir(exist_ok=True)
-        failure = {"rank": rank, "time": time.time(), **describe_failure(error)}
+        failure = {"rank": rank, "time": time.time(), **describe_failure(error, work_dir)}
         write_json(work_dir / RANKS / f"failure_{rank}.json", failure)
         # No goodbye to the others: they may be waiting for this rank in an operation that cannot end.
         sys.stdout.flush()

@@ -20,6 +20,7 @@ from posttrain.errors import (
     StopRequested,
 )
 from posttrain.launch.job import LOCK, OUTCOME, STOP, Job, describe_failure, write_outcome
+from posttrain.pipeline.disk import free_reserve, keep_reserve
 from posttrain.pipeline.lock import Lock, LockHeld
 
 GRACE_SECONDS = 15.0
@@ -59,7 +60,9 @@ def _give_up() -> None:
 def run_job(job: Job, work_dir: Path, lock: Lock | None = None) -> int:
     """Execute a job whose work folder this process holds, record the outcome, return the exit code."""
     print(f"posttrain: stage {job.stage} ({job.type}), attempt {job.attempt}, process {os.getpid()}", flush=True)
+    keep_reserve(work_dir)
     outcome, code = _attempt(job, work_dir, lock)
+    free_reserve(work_dir)
     write_outcome(work_dir, **outcome)
     print(f"posttrain: {outcome['status']} {outcome.get('message', '')}".rstrip(), flush=True)
     return code
@@ -75,7 +78,7 @@ def _attempt(job: Job, work_dir: Path, lock: Lock | None) -> tuple[dict[str, Any
         return {"status": "stopped", "step": stop.step}, EXIT_STOPPED
     except Exception as error:
         traceback.print_exc()
-        return {"status": "failed", **describe_failure(error)}, EXIT_FAILED
+        return {"status": "failed", **describe_failure(error, work_dir)}, EXIT_FAILED
     return {"status": "done", "seconds": time.time() - started}, EXIT_DONE
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, PosttrainError
+from posttrain.pipeline.disk import disk_error, free_reserve, keep_reserve
 from posttrain.pipeline.events import Event, EventLog, EventReader
 from posttrain.pipeline.files import discard_tree, read_json, write_json, write_text
 from posttrain.pipeline.fingerprint import digest
@@ -16,7 +17,7 @@ from posttrain.pipeline.lock import Lock, LockHeld, held, holder
 from posttrain.pipeline.plan import Plan, StagePlan
 from posttrain.pipeline.progress import RunState, state_of
 from posttrain.pipeline.run_dir import FORMAT, RunDir
-from posttrain.pipeline.store import Artifact
+from posttrain.pipeline.store import Artifact, damage
 
 if TYPE_CHECKING:
     from posttrain.launch.job import Job
@@ -73,9 +74,22 @@ class Execution:
         self.interrupts = Interrupts()
         self.stopping = False
         self.finished: dict[str, Artifact] = {}
+        self.repaired: set[str] = set()
+        """Stages that were run again because their artifact was damaged; twice means a disk that cannot be trusted."""
 
     def run_all(self) -> RunResult:
+        """Execute what is to do; a disk that is full or cannot be written is a failed run with one message."""
+        try:
+            return self._run_all()
+        except OSError as error:
+            known = disk_error(error, self.run_dir.path)
+            if known is None:
+                raise
+            return RunResult(self.run_dir, EXIT_FAILED, str(known))
+
+    def _run_all(self) -> RunResult:
         self._freeze()
+        keep_reserve(self.run_dir.path)
         self.log.append("run_started", recipe=self.plan.resolved.recipe, stages=len(self.plan.stages))
         status, code, message = "failed", EXIT_FAILED, ""
         try:
@@ -83,10 +97,11 @@ class Execution:
                 status, code, message = self._stages()
         except Interrupted:
             status, code, message = "interrupted", EXIT_INTERRUPTED, self._how_to_continue()
-        except PosttrainError as error:
-            message = str(error)
+        except (PosttrainError, OSError) as error:
+            message = str((isinstance(error, OSError) and disk_error(error, self.run_dir.path)) or error)
             raise
         finally:
+            free_reserve(self.run_dir.path)
             self.log.append("run_finished", status=status, exit=code, message=message)
             self._show_events()
         report = self._report() if code == EXIT_DONE else None
@@ -112,7 +127,7 @@ class Execution:
             self._show_events()
             if self._stop_wanted():
                 return self._stopped()
-            status, message = self._stage(planned)
+            status, message = self._stage_on_good_inputs(planned)
             self._show_events()
             if status == "stopped":
                 return self._stopped()
@@ -131,6 +146,31 @@ class Execution:
         self.run_dir.link_artifact(planned.name, artifact.folder)
         self.log.append("stage_cached", planned.name, key=planned.key)
         discard_work(self.plan.store.work_dir(planned.stage.type, planned.key))
+
+    def _stage_on_good_inputs(self, planned: StagePlan) -> tuple[str, str]:
+        """`_stage`; where its worker finds inputs damaged, the stages that made them run again first."""
+        status, message = self._stage(planned)
+        while status == "damaged":
+            outcome = self._outcome(planned) or {}
+            for name, lines in outcome["damaged"].items():
+                parent = self.plan[planned.inputs[name].stage]
+                if parent.name in self.repaired or not parent.selected:
+                    return self._failed(planned, message)
+                self.repaired.add(parent.name)
+                self.display.note(f"{parent.name}: its artifact is damaged ({', '.join(lines)}); it is made again")
+                self.log.append("artifact_damaged", parent.name, lines=lines)
+                parent.status, parent.artifact, parent.damaged = "pending", None, True
+                status, message = self._stage_on_good_inputs(parent)
+                self._show_events()
+                if status not in ("done", "cached"):
+                    return status, message
+            status, message = self._stage(planned)
+        return status, message
+
+    def _outcome(self, planned: StagePlan) -> dict[str, Any] | None:
+        from posttrain.launch.job import read_outcome
+
+        return read_outcome(self.plan.store.work_dir(planned.stage.type, planned.key))
 
     def _stage(self, planned: StagePlan) -> tuple[str, str]:
         """Run one stage to its end; returns "done", "cached", "stopped" or "failed", and why."""
@@ -176,12 +216,16 @@ class Execution:
         from posttrain.pipeline.rerun import files_before
 
         store, type_, key = self.plan.store, planned.stage.type, planned.key
+        before = files_before(store, type_, key)
+        # Asked again: another runner may have made it anew meanwhile.
+        if planned.damaged and damage(store.folder(type_, key)):
+            store.set_damaged(type_, key)
+        planned.damaged = False
         artifact = store.find(type_, key)
         if artifact is not None and not planned.forced:
             self._cached(planned, artifact)
             discard_tree(work_dir)
             return "cached", ""
-        before = files_before(store, type_, key)
         if planned.forced:
             clear_work(work_dir)
             if artifact is not None:
@@ -288,11 +332,9 @@ class Execution:
         return self.stopping
 
     def _conclude(self, planned: StagePlan, job: Job, code: int) -> tuple[str, str]:
-        from posttrain.launch.job import read_outcome
-
         self._show_events()
         work_dir = self.plan.store.work_dir(planned.stage.type, planned.key)
-        outcome = read_outcome(work_dir)
+        outcome = self._outcome(planned)
         artifact = self.plan.store.find(planned.stage.type, planned.key)
         if artifact is not None:
             self.finished[planned.name] = artifact
@@ -306,7 +348,10 @@ class Execution:
         if outcome is None and self.stopping:
             self.log.append("stage_stopped", planned.name, message="ended before it could save")
             return "stopped", ""
-        return self._failed(planned, self._failure(planned, job, outcome, code))
+        message = self._failure(planned, job, outcome, code)
+        if outcome is not None and outcome.get("damaged"):
+            return "damaged", message
+        return self._failed(planned, message)
 
     def _failure(self, planned: StagePlan, job: Job, outcome: dict[str, Any] | None, code: int) -> str:
         lines = [f"stage {planned.name} failed"]

@@ -16,7 +16,7 @@ from posttrain.pipeline.graph import Graph, in_section, section_of
 from posttrain.pipeline.lock import held
 from posttrain.pipeline.run_dir import RunDir, list_runs
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, Stage, StageConfig
-from posttrain.pipeline.store import Artifact, Store
+from posttrain.pipeline.store import Artifact, Store, damage
 
 if TYPE_CHECKING:
     from posttrain.config.recipe import ResolvedRecipe
@@ -47,6 +47,7 @@ class StagePlan:
         reasons: why it must run, or what will happen.
         outputs: metas, measured for a cached stage, else predicted.
         artifact: the finished artifact of a cached stage.
+        damaged: the artifact under the key is not what was written; it is moved aside before the stage runs.
         resumes: an earlier attempt left a work folder from which the stage goes on.
     """
 
@@ -59,6 +60,7 @@ class StagePlan:
     status: str = "pending"
     selected: bool = True
     forced: bool = False
+    damaged: bool = False
     reasons: list[str] = field(default_factory=list)
     outputs: dict[str, ArtifactMeta] = field(default_factory=dict)
     estimate: Estimate = field(default_factory=Estimate)
@@ -239,6 +241,9 @@ class _Planner:
         except RecipeError as error:
             self._note(name, error)
             return
+        broken = damage(artifact.folder, content=False) if artifact is not None else []
+        if broken:
+            planned.damaged, artifact = True, None
         if artifact is not None and not planned.forced:
             planned.status, planned.artifact = "cached", artifact
             return
@@ -247,6 +252,8 @@ class _Planner:
             planned.status, planned.reasons = "running", ["being computed now"]
         else:
             planned.reasons = self._why(planned, artifact)
+        if broken:
+            planned.reasons = [f"its artifact is damaged ({', '.join(broken)}) and is made again"]
 
     def _why(self, planned: StagePlan, artifact: Artifact | None) -> list[str]:
         if planned.forced and artifact is not None:

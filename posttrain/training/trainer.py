@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -312,8 +313,10 @@ class StageTrainer(Trainer):
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 stage = f"stages.{self.ctx.name}"
+                kept = checkpoints.checkpoints(Path(self.args.output_dir))
+                where = f"the checkpoint of step {checkpoints.step_of(kept[0])} is kept in {kept[0]}" if kept else ""
                 raise StageError(
-                    f"the {name} is {value} at step {step}; the weights before it are kept",
+                    f"the {name} is {value} at step {step}; {where or 'no checkpoint had been written yet'}",
                     where=stage,
                     fix=f"a lower rate ({stage}.lr={self.args.learning_rate / 4:g}), a longer warm-up "
                     f"({stage}.warmup_ratio=0.1) or {stage}.precision=fp32",
@@ -330,7 +333,12 @@ class StageTrainer(Trainer):
         self._report(flush=True)
         folder, step = Path(self.args.output_dir), self.state.global_step
         self.ctx.first_does(lambda: str(checkpoints.begin(folder, step)))
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            # On a full disk half a checkpoint would be in the way of everything, the next attempt included.
+            shutil.rmtree(checkpoints.checkpoint_path(folder, step), ignore_errors=True)
+            raise
         # Every rank writes the state of its random numbers: complete is what all have written.
         self.ctx.same("written")
 
