@@ -74,6 +74,27 @@ class Tracker(Section):
     )
 
 
+class Debug(Section):
+    """Ways to look into a run: `debug=OPTION`. None of them is meant for results that count."""
+
+    name: str = Field("none", description="The option chosen from conf/debug.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Training stages end after so many steps at most. It changes what is computed."
+    )
+    anomaly: bool = Field(
+        False,
+        description="torch's anomaly detection: the operation whose gradient is NaN is named. Slow; nothing is "
+        "compiled or captured.",
+    )
+    profile_steps: int = Field(
+        0, ge=0, le=50, description="Steps of every training stage, from its third on, that torch's profiler records."
+    )
+    inline: bool = Field(
+        False,
+        description="Stages use the terminal, so that breakpoint() works, and a failing one ends in Python's debugger.",
+    )
+
+
 class Frame(Section):
     """A whole recipe, with the stages and sources as plain mappings; those are checked by their own types."""
 
@@ -84,6 +105,7 @@ class Frame(Section):
     engine: Engine = Field(default_factory=Engine, description="What a stage computes on: `engine=OPTION`.")
     launcher: Launcher = Field(default_factory=Launcher, description="What starts the stages: `launcher=OPTION`.")
     tracker: Tracker = Field(default_factory=Tracker, description="Where curves are sent: `tracker=OPTION`.")
+    debug: Debug = Field(default_factory=Debug, description="Ways to look into a run: `debug=OPTION`.")
     model: dict[str, Any] | None = Field(None, description="The source model: `model=OPTION`.")
     models: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Further models: `model@models.NAME=OPTION`."

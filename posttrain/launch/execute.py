@@ -108,6 +108,10 @@ def compute(job: Job, context: StageContext) -> Computed:
         StageError, RecipeError, StopRequested: as `execute_job`.
     """
     stage = registry.stage(job.type)
+    if job.debug.get("anomaly"):
+        import torch
+
+        torch.autograd.set_detect_anomaly(True)
     try:
         stage.check(context.config, {name: one.meta for name, one in context.inputs.items()})
         outputs = stage.run(context)
@@ -176,7 +180,22 @@ def make_context(job: Job, work_dir: Path, device: str, **ranks: Any) -> StageCo
         name: InputArtifact(Path(one["path"]), ArtifactMeta.from_json(one["meta"]), one["reference"])
         for name, one in job.inputs.items()
     }
-    return StageContext(job.stage, config, work_dir, inputs, job.seed, device, tracker=job.tracker, emit=emit, **ranks)
+    return StageContext(
+        job.stage,
+        config,
+        work_dir,
+        inputs,
+        job.seed,
+        device,
+        tracker=job.tracker,
+        emit=emit,
+        profile=_profile(job),
+        **ranks,
+    )
+
+
+def _profile(job: Job) -> tuple[Path, int] | None:
+    return (Path(job.profile), job.debug["profile_steps"]) if job.profile is not None else None
 
 
 def prepare_process(seed: int, device: str) -> str:

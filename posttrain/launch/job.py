@@ -28,6 +28,8 @@ class Job:
         events, log: absolute paths in the run's folder; log is None when the launcher keeps it.
         attended: a runner waits for the worker and holds its pipe.
         tracker: the recipe's tracker section and `dir`, see `StageContext.tracker`; None without one.
+        debug: the recipe's debug section.
+        profile: folder for profiles of training steps; None: none are taken.
         environment: recorded in the manifest (engine section of the recipe).
     """
 
@@ -48,6 +50,8 @@ class Job:
     log: str | None = None
     attended: bool = True
     tracker: dict[str, Any] | None = None
+    debug: dict[str, Any] = field(default_factory=dict)
+    profile: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
 
     def write(self, work_dir: Path) -> None:

@@ -30,6 +30,10 @@ class LocalWorker:
         job.write(work_dir)
         (work_dir / STOP).unlink(missing_ok=True)
         (work_dir / OUTCOME).unlink(missing_ok=True)
+        if job.debug.get("inline"):
+            # The terminal is the stage's: its debugger reads from it, and Ctrl-C reaches both.
+            command = worker_command(work_dir)[:-1]
+            return cls(subprocess.Popen(command, env=child_environment() | {"POSTTRAIN_PDB": "1"}), work_dir)
         log = Path(job.log) if job.log is not None else Path(os.devnull)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -61,7 +65,10 @@ class LocalWorker:
     def kill(self) -> None:
         """End the worker and its children at once; what it has saved can be resumed."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            if os.getpgid(self.process.pid) == self.process.pid:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
             self.process.wait()
 
 

@@ -78,6 +78,10 @@ def _attempt(job: Job, work_dir: Path, lock: Lock | None) -> tuple[dict[str, Any
         return {"status": "stopped", "step": stop.step}, EXIT_STOPPED
     except Exception as error:
         traceback.print_exc()
+        if os.environ.get("POSTTRAIN_PDB") and sys.stdin.isatty():
+            import pdb
+
+            pdb.post_mortem(error.__traceback__)
         return {"status": "failed", **describe_failure(error, work_dir)}, EXIT_FAILED
     return {"status": "done", "seconds": time.time() - started}, EXIT_DONE
 

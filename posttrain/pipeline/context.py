@@ -42,6 +42,8 @@ class StageContext:
     tracker: dict[str, Any] | None = None
     """The recipe's `tracker` section (`name`, `project`, `mode`) and `dir`, a folder for the tracker's own files that
     outlives the work folder. None: curves stay in the stage's own files."""
+    profile: tuple[Path, int] | None = None
+    """Folder for a profile of training steps, and how many; None: no profile is taken."""
     emit: Callable[[str, dict[str, Any]], None] | None = None
     """Writes one event; None outside a worker."""
     result: dict[str, Any] = field(default_factory=dict)

@@ -276,7 +276,7 @@ class Execution:
         metas = {name: parents[name].metas[one.output] for name, one in planned.inputs.items()}
         predicted = planned.stage.describe(planned.cfg, metas)
         attempt = self.run_dir.next_attempt(planned.name)
-        engine = self.plan.resolved.frame.engine
+        engine, debug = self.plan.resolved.frame.engine, self.plan.resolved.frame.debug
         return Job(
             stage=planned.name,
             type=planned.stage.type,
@@ -301,8 +301,10 @@ class Execution:
             device=engine.device,
             ranks=engine.ranks if planned.stage.parallel else 1,
             attempt=attempt,
-            log=str(self.run_dir.log_path(planned.name, attempt)),
+            log=None if debug.inline else str(self.run_dir.log_path(planned.name, attempt)),
             tracker=self._tracker(),
+            debug=debug.model_dump(mode="json"),
+            profile=str(self.run_dir.path / "profile" / planned.name) if debug.profile_steps else None,
             environment=engine.model_dump(mode="json"),
         )
 

@@ -22,7 +22,7 @@ from posttrain.models.architecture import normalise
 from posttrain.pipeline.context import StageContext
 from posttrain.training import checkpoints, distributed, speed
 from posttrain.training.arguments import training_arguments
-from posttrain.training.callbacks import StageCallback, history_row
+from posttrain.training.callbacks import ProfileCallback, StageCallback, history_row
 from posttrain.training.config import TrainingConfig
 from posttrain.training.estimate import ActivationPlan, activation_plan
 from posttrain.training.graphed import GraphedMicroStep
@@ -94,7 +94,7 @@ class StageTrainer(Trainer):
             ),
             train_dataset=train_dataset,
             data_collator=data_collator,
-            callbacks=[self.watch],
+            callbacks=[self.watch, *([ProfileCallback(*ctx.profile)] if ctx.profile and ctx.rank == 0 else [])],
             **trainer_kwargs,
         )
         self.meter = Meter(lag=0 if self.args.device.type == "cpu" else LAG)
