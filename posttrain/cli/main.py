@@ -31,6 +31,7 @@ COMMANDS = {
     "show": "show",
     "verify": "verify",
     "clean": "clean",
+    "diff": "diff",
 }
 HIDDEN = {"worker": "worker"}
 # typer brings its own copy of click from 0.24 on and uses the real one before; this is the class of either.
