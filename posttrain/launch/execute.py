@@ -15,6 +15,7 @@ from typing import Any
 from posttrain.config import registry
 from posttrain.errors import PosttrainError, RecipeError, StageError
 from posttrain.launch.job import Job, clear_work
+from posttrain.launch.source_code import SourceCode, source_code
 from posttrain.pipeline.context import InputArtifact, StageContext
 from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.files import list_files, remove_tree
@@ -57,7 +58,7 @@ def execute_job(job: Job, work_dir: Path) -> Artifact:
     config = stage.Config.model_validate(job.config)
     device = prepare_process(job.seed, job.device)
     context = make_context(job, config, work_dir, device)
-    started = time.time()
+    started, code = time.time(), source_code()
     clear_leftovers(work_dir)
     try:
         check_external(stage, config, job, work_dir)
@@ -69,7 +70,7 @@ def execute_job(job: Job, work_dir: Path) -> Artifact:
     check_result(job.stage, context.result)
     _check_outputs(stage, outputs, work_dir)
     metas = {name: _measure(stage, job, name, outputs[name]) for name in stage.outputs}
-    seal(work_dir, make_manifest(job, stage, context, metas, started))
+    seal(work_dir, make_manifest(job, stage, context, metas, started, code), code.diff)
     return publish(work_dir, Path(job.target))
 
 
@@ -198,9 +199,9 @@ def _check_prediction(stage: str, name: str, predicted: ArtifactMeta, measured: 
 
 
 def make_manifest(
-    job: Job, stage: Stage, context: StageContext, metas: Mapping[str, ArtifactMeta], started: float
+    job: Job, stage: Stage, context: StageContext, metas: Mapping[str, ArtifactMeta], started: float, code: SourceCode
 ) -> dict[str, Any]:
-    """The manifest but for the files' digests and its own, which `seal` adds."""
+    """The manifest but for the files' digests and its own, which `seal` adds. `code`: as it was at the start."""
     finished = time.time()
     return {
         "format": 1,
@@ -219,7 +220,7 @@ def make_manifest(
         "metrics": {"result": _plain(context.result), "timing": _plain(context.timing)},
         "estimate": job.estimate,
         "versions": _versions(),
-        "git": _git(),
+        "git": code.entry | ({} if source_code().entry == code.entry else {"changed_meanwhile": True}),
         "host": _host(context.device),
         "engine": {**job.environment, "device": context.device, "ranks": job.ranks, "threads": _threads()},
         "started": started,
@@ -256,24 +257,6 @@ def _versions() -> dict[str, str]:
 
 def _has_version(name: str) -> bool:
     return hasattr(sys.modules.get(name), "__version__")
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the checkout that the code runs from, None outside one."""
-    import subprocess
-
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root)]
-    try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changed = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())}
 
 
 def _host(device: str) -> dict[str, Any]:

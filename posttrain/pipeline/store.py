@@ -1,9 +1,10 @@
 """The artifact store: one immutable folder a key, whose manifest is written last. No manifest, no artifact.
 
-`<root>/<stage type>/<key>/` holds a folder per output and `manifest.json`. Work goes on in `.work-<key>` beside it;
-finalising seals `.work-<key>/outputs` (hash, fsync, manifest) and renames it into place, so that a crash at any moment
-leaves either a work folder that can be resumed or a complete artifact. `.old-<key>` is an artifact that a forced rerun
-has set aside; `.stale-<key>` is one whose inputs were replaced by such a rerun.
+`<root>/<stage type>/<key>/` holds a folder per output, `manifest.json` and, where the code was changed, `code.diff`.
+Work goes on in `.work-<key>` beside it; finalising seals `.work-<key>/outputs` (hash, fsync, manifest) and renames it
+into place, so that a crash at any moment leaves either a work folder that can be resumed or a complete artifact.
+`.old-<key>` is an artifact that a forced rerun has set aside; `.stale-<key>` is one whose inputs were replaced by such
+a rerun.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from posttrain.pipeline.stage import ArtifactMeta
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CODE_DIFF = "code.diff"
+"""Beside a manifest: how the code that made the artifact differed from the commit the manifest names."""
 REQUIRED_FILES = {
     "model": ("config.json",),
     "dataset": ("rows.jsonl", "dataset.json"),
@@ -151,24 +154,29 @@ def _digest_or_none(manifest: Mapping[str, Any]) -> str | None:
         return None
 
 
-def seal(work_dir: Path, manifest: Mapping[str, Any]) -> None:
+def seal(work_dir: Path, manifest: Mapping[str, Any], code_diff: bytes | None = None) -> None:
     """Turn `work_dir/outputs` into an artifact in all but its place.
 
-    `manifest["outputs"]` holds type and meta of every declared output; the files' digests are added here.
+    `manifest["outputs"]` holds type and meta of every declared output; the files' digests are added here. `code_diff`
+    is kept beside the manifest, whose `beside` has its digest.
 
     Raises:
         StageError: an output is missing, empty, undeclared, holds links, or lacks a file its type requires.
     """
     outputs = work_dir / "outputs"
-    (outputs / MANIFEST).unlink(missing_ok=True)
+    for name in (MANIFEST, CODE_DIFF):
+        (outputs / name).unlink(missing_ok=True)
     declared = manifest["outputs"]
     _check_declared(outputs, declared)
     files = {name: _hash_output(outputs / name, name, declared[name]["type"]) for name in declared}
-    _sync_tree(outputs)
     complete = {
         **manifest,
         "outputs": {name: {**declared[name], "files": files[name]} for name in declared},
     }
+    if code_diff is not None:
+        (outputs / CODE_DIFF).write_bytes(code_diff)
+        complete["beside"] = {CODE_DIFF: {"sha256": hash_file(outputs / CODE_DIFF), "size": len(code_diff)}}
+    _sync_tree(outputs)
     write_json(outputs / MANIFEST, {**complete, "sha256": manifest_digest(complete)})
 
 
@@ -238,7 +246,7 @@ def verify(folder: Path) -> list[str]:
         f"{name}/{relative}": entry
         for name, output in artifact.manifest["outputs"].items()
         for relative, entry in output["files"].items()
-    }
+    } | artifact.manifest.get("beside", {})
     present = {name: path for name, path in list_files(folder).items() if name != MANIFEST}
     for name, entry in expected.items():
         if name not in present:
