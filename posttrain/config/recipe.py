@@ -61,6 +61,18 @@ class ResolvedRecipe:
         """Dotted key to where it was written; keys that are defaults are not in it."""
         return self._origins.shown()
 
+    def account(self) -> dict[str, Any]:
+        """What a reader of a run or an artifact is told of the recipe: name, words, scale, overrides, deviations."""
+        frame, differs = self.frame, self.deviations
+        return {
+            "recipe": self.recipe,
+            "description": frame.description,
+            "paper": None if frame.paper is None else frame.paper.model_dump(mode="json"),
+            "scale": self.scale,
+            "overrides": list(self.overrides),
+            "deviations": None if differs is None else [one.to_json() for one in differs],
+        }
+
     def document(self) -> dict[str, Any]:
         """The recipe with every default filled in, as a plain mapping that `validate_mapping` accepts."""
         frame = self.frame.model_dump(mode="json", exclude={*SOURCE_SECTIONS, *SOURCE_GROUPS, "stages", "scales"})

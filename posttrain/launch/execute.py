@@ -212,6 +212,7 @@ def make_manifest(
         "key_document": job.document,
         "config": job.config,
         "seed": job.seed,
+        "recipe": job.recipe,
         "inputs": {
             name: {"reference": one["reference"], "key": one["key"], "output": one["output"]}
             for name, one in job.inputs.items()

@@ -27,6 +27,7 @@ class Job:
         attended: a runner waits for the worker and holds its pipe.
         tracker: the recipe's tracker section and `dir`, see `StageContext.tracker`; None without one.
         environment: recorded in the manifest (engine section of the recipe).
+        recipe: recorded in the manifest (`ResolvedRecipe.account` and the run's name).
     """
 
     stage: str
@@ -47,6 +48,7 @@ class Job:
     attended: bool = True
     tracker: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def write(self, work_dir: Path) -> None:
         work_dir.mkdir(parents=True, exist_ok=True)
