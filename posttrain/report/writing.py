@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from posttrain.pipeline.files import write_text
-from posttrain.report import html, markdown
+from posttrain.report import cards, html, markdown
 from posttrain.report.blocks import Figure
 from posttrain.report.read import read_run
 
@@ -18,7 +18,7 @@ def build_report(run_dir: Path) -> Path:
     page, text = run_dir / "report.html", run_dir / "report.md"
     run = read_run(run_dir)
     digest = run.digest()
-    if text.is_file() and page.is_file() and _digest_on_disk(page) == digest:
+    if text.is_file() and page.is_file() and cards.complete(run) and _digest_on_disk(page) == digest:
         return page
     from posttrain.report.content import content, title
 
@@ -31,6 +31,7 @@ def build_report(run_dir: Path) -> Path:
             stale.unlink()
     for name, png in figures.items():
         _write_bytes(folder / name, png)
+    cards.write(run)
     write_text(text, markdown.render(blocks))
     # Last, since its digest says that everything else is in place.
     write_text(page, html.render(title(run), blocks, digest))
