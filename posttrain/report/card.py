@@ -73,6 +73,7 @@ def card_of_unknown(label: str, licence: str | None = None) -> Json:
     return {
         **model_card(nothing, StageRecord(label, "", "", {}, GONE), ""),
         "title": label,
+        "lineage": [],
         "sources": [source | {"stage": label, "label": label, "kind": None, "licence": licence, "weights": {}}],
     }
 
@@ -132,6 +133,7 @@ def _step(run: RunRecord, stage: StageRecord) -> Json:
     manifest = stage.manifest or {}
     outputs = manifest.get("outputs") or {}
     finished = manifest.get("finished")
+    when = None if finished is None else datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds")
     document = manifest.get("key_document")
     return {
         "stage": stage.name,
@@ -147,7 +149,7 @@ def _step(run: RunRecord, stage: StageRecord) -> Json:
         "result": {name: value for name, value in stage.result.items() if _is_short(value)},
         "attempts": manifest.get("attempts"),
         "seconds": manifest.get("seconds"),
-        "finished": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds") if finished else None,
+        "finished": when,
         "hardware": _chosen(manifest.get("host"), HARDWARE),
         "engine": _chosen(manifest.get("engine"), ENGINE),
         "code": manifest.get("git"),

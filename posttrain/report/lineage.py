@@ -14,15 +14,18 @@ GONE = "gone"
 
 
 def ancestors(run: RunRecord, stage: StageRecord) -> list[StageRecord]:
-    """The stages that a stage was made from, and itself as the last, in the run's order."""
-    wanted, left = {stage.name}, [stage]
-    while left:
-        for source in left.pop().inputs.values():
+    """The stages that a stage was made from, each after its own, in the order of inputs; itself is the last."""
+    found: dict[str, StageRecord] = {}
+
+    def add(one: StageRecord) -> None:
+        for source in one.inputs.values():
             parent = run.stage(source["stage"])
-            if parent is not None and parent.name not in wanted:
-                wanted.add(parent.name)
-                left.append(parent)
-    return [one for one in run.stages if one.name in wanted]
+            if parent is not None and parent.name not in found:
+                add(parent)
+        found[one.name] = one
+
+    add(stage)
+    return list(found.values())
 
 
 def main_line(run: RunRecord, stage: StageRecord) -> list[StageRecord]:
