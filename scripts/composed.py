@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,12 @@ SETTINGS = (
 
 def cases() -> Iterator[tuple[str, list[str]]]:
     """Recipe and overrides."""
-    groups = ("engine", "launcher", "tracker")
+    groups = ("model", "data", "engine", "launcher", "tracker")
     for path in sorted(paths.shipped("recipes").glob("*.yaml")):
         recipe = path.stem
         yield recipe, []
         for scale in load_recipe(recipe).frame.scales:
             yield recipe, [f"scale={scale}"]
-        for model, data in product(_options("model"), _options("data")):
-            yield recipe, [f"model={model}", f"data={data}"]
         for group in groups:
             for option in _options(group):
                 yield recipe, [f"{group}={option}"]
