@@ -45,6 +45,15 @@ class StageError(PosttrainError):
     """A stage could not do its work for a reason we understand (bad data, NaN loss, broken artifact). Exit code 1."""
 
 
+class DamagedInputs(StageError):
+    """Inputs of a stage are not what their manifests say: they can be made again. `inputs`: name to what is wrong."""
+
+    def __init__(self, inputs: dict[str, list[str]]) -> None:
+        self.inputs = inputs
+        found = "; ".join(f"{name}: {', '.join(lines)}" for name, lines in inputs.items())
+        super().__init__(f"inputs are not what was written ({found})", fix="posttrain verify all looks at the others")
+
+
 class StopRequested(Exception):
     """Raised by a stage after it saved its state because a stop was asked for; the worker exits 75."""
 

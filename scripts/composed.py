@@ -19,6 +19,7 @@ import hydra
 
 from posttrain import paths
 from posttrain.config import load_recipe
+from posttrain.config.overrides import PACKAGES
 
 SETTINGS = (
     ["seed=3", "stages.evaluate.prompts=[a,'b c']", "stages.evaluate.prompts.0=d", "run.name=x"],
@@ -34,7 +35,7 @@ SETTINGS = (
 
 def cases() -> Iterator[tuple[str, list[str]]]:
     """Recipe and overrides."""
-    groups = ("model", "data", "engine", "launcher", "tracker")
+    groups = [group for group in PACKAGES if group != "stage"]
     for path in sorted(paths.shipped("recipes").glob("*.yaml")):
         recipe = path.stem
         yield recipe, []

@@ -70,6 +70,8 @@ def leftovers(outputs: Path) -> list[Leftover]:
         _leftover(folder, "made from outputs that a forced rerun replaced")
         for folder in sorted(store.root.glob("*/.stale-*"))
     ]
+    stale += [_leftover(folder, "damaged; it was made again") for folder in sorted(store.root.glob("*/.damaged-*"))]
+    stale += [_leftover(folder, "was just being removed") for folder in sorted(store.root.glob("*/.gone-*"))]
     return found + stale + _set_aside(store, wanted)
 
 
@@ -98,22 +100,16 @@ def _leftover(folder: Path, why: str, *, restore: bool = False) -> Leftover:
 def remove(found: list[Leftover]) -> None:
     """Remove (or put back) each of them; a work folder only while both its locks are ours."""
     import os
-    from shutil import rmtree
 
-    from posttrain.launch.job import CLAIM, LOCK
-    from posttrain.pipeline.lock import Lock, LockHeld
+    from posttrain.pipeline.execution import discard_work
+    from posttrain.pipeline.files import remove_tree
 
     for one in found:
         if one.restore:
             os.rename(one.folder, one.folder.with_name(one.folder.name.removeprefix(".old-")))
         elif one.folder.name.startswith(".work-"):
-            try:
-                # In a runner's order: it claims the folder first and starts a worker then.
-                with Lock.acquire(one.folder / CLAIM), Lock.acquire(one.folder / LOCK):
-                    rmtree(one.folder)
-            except LockHeld:
-                continue
+            discard_work(one.folder)
         else:
             # An artifact without its manifest is none: a crash in between leaves nothing that could be taken for one.
             (one.folder / "manifest.json").unlink(missing_ok=True)
-            rmtree(one.folder)
+            remove_tree(one.folder)

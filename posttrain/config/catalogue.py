@@ -10,7 +10,7 @@ from posttrain.config import registry
 from posttrain.config.documents import load_document
 from posttrain.config.locate import recipe_files, search_path
 
-GROUPS = ("model", "data", "engine", "launcher", "tracker")
+GROUPS = ("model", "data", "engine", "launcher", "tracker", "debug")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def deviations(published: ResolvedRecipe, run: ResolvedRecipe, origins: Origins)
     found: list[Deviation] = []
     for key in _COMPARED:
         for path, old, new in _differences(before.get(key, ABSENT), now.get(key, ABSENT), (key,)):
-            found.append(Deviation(".".join(map(str, path)), old, new, _because(path, run, origins)))
+            debugged = _debugged(path, new, run)
+            found.append(Deviation(".".join(map(str, path)), old, new, debugged or _because(path, run, origins)))
     return _with_named_sources(found, names)
 
 
@@ -69,6 +70,16 @@ def _because(path: KeyPath, run: ResolvedRecipe, origins: Origins) -> str:
     if where is None:
         return "follows from other settings"
     return where if where in run.overrides or run.scale is None else f"scale={run.scale}"
+
+
+def _debugged(path: KeyPath, value: Any, run: ResolvedRecipe) -> str | None:
+    """Why the `debug` section has changed that setting; None where it has not."""
+    debug = run.frame.debug
+    if path[0] != "stages":
+        return None
+    if path[-1] == "max_steps" and debug.max_steps is not None and value == debug.max_steps:
+        return f"debug={debug.name} (debug.max_steps={debug.max_steps})"
+    return f"debug={debug.name}" if debug.anomaly and path[-1] in ("compile", "cuda_graph") else None
 
 
 def _override(path: KeyPath, origins: Origins) -> str | None:

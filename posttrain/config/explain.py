@@ -130,6 +130,8 @@ def in_section(problem: Problem, model: type[BaseModel], section: str) -> Proble
 
 def _qualified(text: str, model: type[BaseModel], section: str) -> str:
     """Text in which every `setting=` of the model can be typed behind `posttrain run RECIPE`."""
+    if not section:
+        return text
     names = "|".join(map(re.escape, model.model_fields))
     return re.sub(rf"(?<![\w.@/~-])(?=(?:{names})(?:\.\w+)*=)", f"{section}.", text)
 

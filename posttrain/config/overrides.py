@@ -25,6 +25,7 @@ PACKAGES = {
     "engine": ("engine", None),
     "launcher": ("launcher", None),
     "tracker": ("tracker", None),
+    "debug": ("debug", None),
 }
 """Group to the section it fills by itself, and the prefix of the sections it fills as `group@PREFIX.NAME`."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -40,8 +40,21 @@ class Engine(Section):
 
     name: str = Field("auto", description="The option chosen from conf/engine.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when a device is there, else cpu.")
-    ranks: int = Field(1, ge=1, le=1, description="Processes per node; one until several ranks are supported.")
+    strategy: Literal["single", "ddp"] = Field(
+        "single",
+        description="How training stages use several ranks. single: one rank. ddp: every rank has the whole model and "
+        "its share of each step's sequences.",
+    )
+    ranks: int = Field(
+        1, ge=1, le=1024, description="Processes of a training stage on one machine, one for each GPU: engine=ddp."
+    )
     nodes: int = Field(1, ge=1, le=1, description="Machines; one until several are supported.")
+
+    @model_validator(mode="after")
+    def _ranks_need_a_strategy(self) -> Self:
+        if self.ranks > 1 and self.strategy == "single":
+            raise ValueError(f"engine={self.name} works on one rank, not on {self.ranks}, e.g. engine=ddp")
+        return self
 
 
 class Launcher(Section):
@@ -58,6 +71,27 @@ class Tracker(Section):
     project: str = Field("posttrain", min_length=1, description="The tracker's project.")
     mode: Literal["offline", "online"] = Field(
         "offline", description="offline: written beside the run and sent later with `wandb sync`; online: sent at once."
+    )
+
+
+class Debug(Section):
+    """Ways to look into a run: `debug=OPTION`. None of them is meant for results that count."""
+
+    name: str = Field("none", description="The option chosen from conf/debug.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Training stages end after so many steps at most. It changes what is computed."
+    )
+    anomaly: bool = Field(
+        False,
+        description="torch's anomaly detection: the operation whose gradient is NaN is named. Slow; nothing is "
+        "compiled or captured.",
+    )
+    profile_steps: int = Field(
+        0, ge=0, le=50, description="Steps of every training stage, from its third on, that torch's profiler records."
+    )
+    inline: bool = Field(
+        False,
+        description="Stages use the terminal, so that breakpoint() works, and a failing one ends in Python's debugger.",
     )
 
 
@@ -83,6 +117,7 @@ class Frame(Section):
     engine: Engine = Field(default_factory=Engine, description="What a stage computes on: `engine=OPTION`.")
     launcher: Launcher = Field(default_factory=Launcher, description="What starts the stages: `launcher=OPTION`.")
     tracker: Tracker = Field(default_factory=Tracker, description="Where curves are sent: `tracker=OPTION`.")
+    debug: Debug = Field(default_factory=Debug, description="Ways to look into a run: `debug=OPTION`.")
     model: dict[str, Any] | None = Field(None, description="The source model: `model=OPTION`.")
     models: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Further models: `model@models.NAME=OPTION`."

@@ -12,7 +12,7 @@ from posttrain.config import registry
 from posttrain.config.documents import KeyPath
 from posttrain.config.explain import instead, problems_of, show_value
 from posttrain.config.origins import Origin, Origins
-from posttrain.config.schema import SOURCE_GROUPS, SOURCE_SECTIONS, Frame
+from posttrain.config.schema import SOURCE_GROUPS, SOURCE_SECTIONS, Debug, Frame
 from posttrain.config.suggest import among, nearest
 from posttrain.errors import Problem
 
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from posttrain.pipeline.stage import Stage, StageConfig
 
 SECTIONS = tuple(Frame.model_fields)
+
+
+def _for_debugging(config: StageConfig, debug: Debug) -> StageConfig:
+    """The settings as the recipe's `debug` section has them changed, where the stage has such settings."""
+    changes: dict[str, Any] = {}
+    fields = type(config).model_fields
+    if debug.max_steps is not None and "max_steps" in fields:
+        changes["max_steps"] = min(config.max_steps, debug.max_steps)
+    if debug.anomaly:
+        changes |= {name: "off" for name in ("compile", "cuda_graph") if name in fields}
+    return config.model_copy(update=changes) if changes else config
 
 
 @dataclass
@@ -187,6 +198,7 @@ class Checker:
             config = stage.Config.model_construct(type=type_name, inputs=inputs)
         else:
             self._overruled(path, config, body)
+            config = _for_debugging(config, self.result.frame.debug)
         self.pairs[name] = (stage, config)
 
     def _overruled(self, path: KeyPath, config: StageConfig, body: dict[str, Any]) -> None:

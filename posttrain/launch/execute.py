@@ -9,11 +9,12 @@ import random
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.config import registry
-from posttrain.errors import PosttrainError, RecipeError, StageError
+from posttrain.errors import DamagedInputs, PosttrainError, RecipeError, StageError
 from posttrain.launch.job import Job, clear_work
 from posttrain.launch.source_code import SourceCode, source_code
 from posttrain.pipeline.context import InputArtifact, StageContext
@@ -21,8 +22,9 @@ from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.files import list_files, remove_tree
 from posttrain.pipeline.fingerprint import changed_external
 from posttrain.pipeline.graph import in_section
+from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.stage import ArtifactMeta, Stage
-from posttrain.pipeline.store import Artifact, publish, seal, sealed
+from posttrain.pipeline.store import Artifact, damage, publish, seal, sealed
 
 VERSIONED = ("posttrain", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 STRUCTURE = (
@@ -45,8 +47,11 @@ STRUCTURE = (
 """Architecture fields in which a finished model must be what the plan said."""
 
 
-def execute_job(job: Job, work_dir: Path) -> Artifact:
+def execute_job(job: Job, work_dir: Path, lock: Lock | None = None) -> Artifact:
     """Run the job's stage and publish its artifact.
+
+    Args:
+        lock: of the work folder; nothing is published once somebody else has taken it over.
 
     Raises:
         StageError, RecipeError: the stage or one of its checks failed for a known reason.
@@ -55,32 +60,76 @@ def execute_job(job: Job, work_dir: Path) -> Artifact:
     if sealed(work_dir):
         return publish(work_dir, Path(job.target))
     stage = registry.stage(job.type)
-    config = stage.Config.model_validate(job.config)
-    device = prepare_process(job.seed, job.device)
-    context = make_context(job, config, work_dir, device)
     started, code = time.time(), source_code()
     clear_leftovers(work_dir)
-    try:
-        check_external(stage, config, job, work_dir)
-        stage.check(config, {name: one.meta for name, one in context.inputs.items()})
-        outputs = stage.run(context)
-        check_external(stage, config, job, work_dir)
-    except PosttrainError as error:
-        raise type(error)(problems=in_section(error.problems, stage, job.stage)) from error
-    check_result(job.stage, context.result)
-    _check_outputs(stage, outputs, work_dir)
-    metas = {name: _measure(stage, job, name, outputs[name]) for name in stage.outputs}
-    seal(work_dir, make_manifest(job, stage, context, metas, started, code), code.diff)
+    check_external(stage, job, work_dir)
+    check_inputs(job)
+    if job.ranks > 1:
+        from posttrain.launch.ranks import run_ranks
+
+        computed = Computed.from_json(run_ranks(job, work_dir))
+    else:
+        device = prepare_process(job.seed, job.device)
+        computed = compute(job, make_context(job, work_dir, device))
+    check_external(stage, job, work_dir)
+    check_result(job.stage, computed.result)
+    _check_outputs(stage, computed.outputs, work_dir)
+    metas = {name: _measure(stage, job, name, computed.outputs[name]) for name in stage.outputs}
+    seal(work_dir, make_manifest(job, stage, computed, metas, started, code), code.diff)
+    if lock is not None:
+        lock.require()
     return publish(work_dir, Path(job.target))
 
 
-def check_external(stage: Stage, config: Any, job: Job, work_dir: Path) -> None:
+@dataclass(frozen=True)
+class Computed:
+    """What a stage has made: the folders of its outputs, its metrics, and where it computed."""
+
+    outputs: dict[str, Path]
+    result: dict[str, Any]
+    timing: dict[str, Any]
+    device: str
+    host: dict[str, Any]
+    threads: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        outputs = {name: str(path) for name, path in self.outputs.items()}
+        plain = {"result": _plain(self.result), "timing": _plain(self.timing), "host": self.host}
+        return {"outputs": outputs, "device": self.device, "threads": self.threads, **plain}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Computed:
+        return cls(**{**data, "outputs": {name: Path(path) for name, path in data["outputs"].items()}})
+
+
+def compute(job: Job, context: StageContext) -> Computed:
+    """Run the job's stage in this process, as the only rank or one of several.
+
+    Raises:
+        StageError, RecipeError, StopRequested: as `execute_job`.
+    """
+    stage = registry.stage(job.type)
+    if job.debug.get("anomaly"):
+        import torch
+
+        torch.autograd.set_detect_anomaly(True)
+    try:
+        stage.check(context.config, {name: one.meta for name, one in context.inputs.items()})
+        outputs = stage.run(context)
+    except PosttrainError as error:
+        raise type(error)(problems=in_section(error.problems, stage, job.stage)) from error
+    where = {"device": context.device, "host": _host(context.device), "threads": _threads()}
+    return Computed(dict(outputs), context.result, context.timing, **where)
+
+
+def check_external(stage: Stage, job: Job, work_dir: Path) -> None:
     """Hold what lies outside the recipe against the key, which was made before the stage read it.
 
     Raises:
         StageError: it is not what was planned. What the stage has made of it is removed, since a later attempt under
             the same key would take it for its own.
     """
+    config = stage.Config.model_validate(job.config)
     try:
         changed = changed_external(stage, config, job.document)
     except RecipeError as error:
@@ -89,6 +138,21 @@ def check_external(stage: Stage, config: Any, job: Job, work_dir: Path) -> None:
         clear_work(work_dir)
         fix = "run again: posttrain run plans with what is there now"
         raise StageError("an input changed while the run was going on", "; ".join(changed), fix)
+
+
+def check_inputs(job: Job) -> None:
+    """Hash the inputs again: a file may have been cut short or changed since it was written, by a disk or a person.
+
+    Raises:
+        DamagedInputs: with what is wrong of which input.
+    """
+    found = {}
+    for name, one in job.inputs.items():
+        folder = Path(one["path"])
+        if lines := damage(folder.parent, folder.name):
+            found[name] = lines
+    if found:
+        raise DamagedInputs(found)
 
 
 def clear_leftovers(work_dir: Path) -> None:
@@ -105,8 +169,9 @@ def clear_leftovers(work_dir: Path) -> None:
             path.unlink()
 
 
-def make_context(job: Job, config: Any, work_dir: Path, device: str) -> StageContext:
-    """The context of a job, reporting to its run's event log."""
+def make_context(job: Job, work_dir: Path, device: str, **ranks: Any) -> StageContext:
+    """The context of a job, reporting to its run's event log; `ranks`: its fields `rank`, `world_size` and `agree`."""
+    config = registry.stage(job.type).Config.model_validate(job.config)
     log = EventLog(Path(job.events))
 
     def emit(event: str, fields: dict[str, Any]) -> None:
@@ -116,7 +181,22 @@ def make_context(job: Job, config: Any, work_dir: Path, device: str) -> StageCon
         name: InputArtifact(Path(one["path"]), ArtifactMeta.from_json(one["meta"]), one["reference"])
         for name, one in job.inputs.items()
     }
-    return StageContext(job.stage, config, work_dir, inputs, job.seed, device, tracker=job.tracker, emit=emit)
+    return StageContext(
+        job.stage,
+        config,
+        work_dir,
+        inputs,
+        job.seed,
+        device,
+        tracker=job.tracker,
+        emit=emit,
+        profile=_profile(job),
+        **ranks,
+    )
+
+
+def _profile(job: Job) -> tuple[Path, int] | None:
+    return (Path(job.profile), job.debug["profile_steps"]) if job.profile is not None else None
 
 
 def prepare_process(seed: int, device: str) -> str:
@@ -199,7 +279,7 @@ def _check_prediction(stage: str, name: str, predicted: ArtifactMeta, measured: 
 
 
 def make_manifest(
-    job: Job, stage: Stage, context: StageContext, metas: Mapping[str, ArtifactMeta], started: float, code: SourceCode
+    job: Job, stage: Stage, computed: Computed, metas: Mapping[str, ArtifactMeta], started: float, code: SourceCode
 ) -> dict[str, Any]:
     """The manifest but for the files' digests and its own, which `seal` adds. `code`: as it was at the start."""
     finished = time.time()
@@ -218,12 +298,12 @@ def make_manifest(
             for name, one in job.inputs.items()
         },
         "outputs": {name: {"type": stage.outputs[name], "meta": metas[name].to_json()} for name in stage.outputs},
-        "metrics": {"result": _plain(context.result), "timing": _plain(context.timing)},
+        "metrics": {"result": _plain(computed.result), "timing": _plain(computed.timing)},
         "estimate": job.estimate,
         "versions": _versions(),
         "git": code.entry | ({} if source_code().entry == code.entry else {"changed_meanwhile": True}),
-        "host": _host(context.device),
-        "engine": {**job.environment, "device": context.device, "ranks": job.ranks, "threads": _threads()},
+        "host": computed.host,
+        "engine": {**job.environment, "device": computed.device, "ranks": job.ranks, "threads": computed.threads},
         "started": started,
         "finished": finished,
         "seconds": finished - started,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import StageError
+from posttrain.errors import DamagedInputs, PosttrainError, StageError
+from posttrain.pipeline.disk import disk_error
 from posttrain.pipeline.files import read_json, remove_tree, write_json
 
 JOB, LOCK, STOP, OUTCOME = "job.json", "lock", "STOP", "outcome.json"
@@ -26,6 +28,8 @@ class Job:
         events, log: absolute paths in the run's folder; log is None when the launcher keeps it.
         attended: a runner waits for the worker and holds its pipe.
         tracker: the recipe's tracker section and `dir`, see `StageContext.tracker`; None without one.
+        debug: the recipe's debug section.
+        profile: folder for profiles of training steps; None: none are taken.
         environment: recorded in the manifest (engine section of the recipe).
         recipe: recorded in the manifest (`ResolvedRecipe.account` and the run's name).
     """
@@ -47,6 +51,8 @@ class Job:
     log: str | None = None
     attended: bool = True
     tracker: dict[str, Any] | None = None
+    debug: dict[str, Any] = field(default_factory=dict)
+    profile: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -75,6 +81,19 @@ def clear_work(work_dir: Path) -> None:
             remove_tree(path)
         else:
             path.unlink()
+
+
+def describe_failure(error: BaseException, work_dir: Path) -> dict[str, Any]:
+    """Why an attempt failed, as fields of its outcome: a known reason with its problems, or a traceback."""
+    if not isinstance(error, PosttrainError):
+        error = disk_error(error, work_dir) or error
+    if isinstance(error, PosttrainError):
+        problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
+        advised = any(problem.fix for problem in error.problems)
+        damaged = {"damaged": error.inputs} if isinstance(error, DamagedInputs) else {}
+        return {"message": str(error), "known": True, "advised": advised, "problems": problems, **damaged}
+    text = "".join(traceback.format_exception(error))
+    return {"message": f"{type(error).__name__}: {error}", "known": False, "traceback": text}
 
 
 def write_outcome(work_dir: Path, status: str, **fields: Any) -> dict[str, Any]:

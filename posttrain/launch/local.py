@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from posttrain.launch.job import LOCK, OUTCOME, STOP, Job
-from posttrain.pipeline.lock import Owner, held, holder
+from posttrain.pipeline.lock import STALE_SECONDS, Owner, held, holder
 
 
 class LocalWorker:
@@ -30,6 +30,10 @@ class LocalWorker:
         job.write(work_dir)
         (work_dir / STOP).unlink(missing_ok=True)
         (work_dir / OUTCOME).unlink(missing_ok=True)
+        if job.debug.get("inline"):
+            # The terminal is the stage's: its debugger reads from it, and Ctrl-C reaches both.
+            command = worker_command(work_dir)[:-1]
+            return cls(subprocess.Popen(command, env=child_environment() | {"POSTTRAIN_PDB": "1"}), work_dir)
         log = Path(job.log) if job.log is not None else Path(os.devnull)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -61,7 +65,10 @@ class LocalWorker:
     def kill(self) -> None:
         """End the worker and its children at once; what it has saved can be resumed."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            if os.getpgid(self.process.pid) == self.process.pid:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
             self.process.wait()
 
 
@@ -84,6 +91,8 @@ def child_environment() -> dict[str, str]:
 def end_orphan(work_dir: Path, patience: float = 20.0) -> None:
     """Wait for a worker whose runner is gone (it ends by itself), then end it by pid and start time.
 
+    A worker on another machine is waited for, until its lock is stale.
+
     Raises:
         TimeoutError: the lock is still held although its owner is gone.
     """
@@ -94,7 +103,7 @@ def end_orphan(work_dir: Path, patience: float = 20.0) -> None:
     owner = holder(lock)
     if owner is not None:
         kill_process(owner)
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + (5.0 if owner is None or owner.here else 2 * STALE_SECONDS)
     while held(lock):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{lock} is still held, but not by a process that can be ended")

@@ -16,11 +16,11 @@ from posttrain.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
-    PosttrainError,
     StageError,
     StopRequested,
 )
-from posttrain.launch.job import LOCK, OUTCOME, STOP, Job, write_outcome
+from posttrain.launch.job import LOCK, OUTCOME, STOP, Job, describe_failure, write_outcome
+from posttrain.pipeline.disk import free_reserve, keep_reserve
 from posttrain.pipeline.lock import Lock, LockHeld
 
 GRACE_SECONDS = 15.0
@@ -38,7 +38,7 @@ def main(work_dir: Path, *, watch_stdin: bool = False) -> int:
     """
     job = Job.read(work_dir)
     try:
-        lock = Lock.acquire(work_dir / LOCK)
+        lock = Lock.acquire(work_dir / LOCK, on_lost=_give_up)
     except LockHeld as error:
         raise StageError(str(error), fix="wait for it, or end it with posttrain cancel") from error
     with lock:
@@ -48,34 +48,41 @@ def main(work_dir: Path, *, watch_stdin: bool = False) -> int:
         signal.signal(signal.SIGTERM, lambda *_: (work_dir / STOP).touch())
         if watch_stdin:
             stop_when_closed(sys.stdin.fileno(), work_dir)
-        return run_job(job, work_dir)
+        return run_job(job, work_dir, lock)
 
 
-def run_job(job: Job, work_dir: Path) -> int:
+def _give_up() -> None:
+    """The work folder is another worker's, or gone: whatever this one wrote from now on would be in the way."""
+    print("posttrain: the work folder was taken over or removed; this worker ends", flush=True)
+    os._exit(EXIT_INTERRUPTED)
+
+
+def run_job(job: Job, work_dir: Path, lock: Lock | None = None) -> int:
     """Execute a job whose work folder this process holds, record the outcome, return the exit code."""
     print(f"posttrain: stage {job.stage} ({job.type}), attempt {job.attempt}, process {os.getpid()}", flush=True)
-    outcome, code = _attempt(job, work_dir)
+    keep_reserve(work_dir)
+    outcome, code = _attempt(job, work_dir, lock)
+    free_reserve(work_dir)
     write_outcome(work_dir, **outcome)
     print(f"posttrain: {outcome['status']} {outcome.get('message', '')}".rstrip(), flush=True)
     return code
 
 
-def _attempt(job: Job, work_dir: Path) -> tuple[dict[str, Any], int]:
+def _attempt(job: Job, work_dir: Path, lock: Lock | None) -> tuple[dict[str, Any], int]:
     from posttrain.launch.execute import execute_job
 
     started = time.time()
     try:
-        execute_job(job, work_dir)
+        execute_job(job, work_dir, lock)
     except StopRequested as stop:
         return {"status": "stopped", "step": stop.step}, EXIT_STOPPED
-    except PosttrainError as error:
-        traceback.print_exc()
-        advised = any(problem.fix for problem in error.problems)
-        return {"status": "failed", "message": str(error), "known": True, "advised": advised}, EXIT_FAILED
     except Exception as error:
         traceback.print_exc()
-        unknown = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        return {"status": "failed", "known": False, **unknown}, EXIT_FAILED
+        if os.environ.get("POSTTRAIN_PDB") and sys.stdin.isatty():
+            import pdb
+
+            pdb.post_mortem(error.__traceback__)
+        return {"status": "failed", **describe_failure(error, work_dir)}, EXIT_FAILED
     return {"status": "done", "seconds": time.time() - started}, EXIT_DONE
 
 

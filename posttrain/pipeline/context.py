@@ -42,10 +42,14 @@ class StageContext:
     tracker: dict[str, Any] | None = None
     """The recipe's `tracker` section (`name`, `project`, `mode`) and `dir`, a folder for the tracker's own files that
     outlives the work folder. None: curves stay in the stage's own files."""
+    profile: tuple[Path, int] | None = None
+    """Folder for a profile of training steps, and how many; None: no profile is taken."""
     emit: Callable[[str, dict[str, Any]], None] | None = None
     """Writes one event; None outside a worker."""
     result: dict[str, Any] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
+    agree: Callable[[Any], Any] | None = None
+    """Gives every rank the first one's value (something JSON can hold); None with one rank."""
     _last_progress: float = 0.0
 
     @property
@@ -83,8 +87,36 @@ class StageContext:
         self.timing.update(metrics)
 
     def should_stop(self) -> bool:
-        """True when a stop was asked for; look at every unit boundary of every loop, save, then call `stop`."""
-        return (self.work_dir / "STOP").exists()
+        """True when a stop was asked for; look at every unit boundary of every loop, save, then call `stop`.
+
+        With several ranks all must ask together: they are told what the first one saw.
+        """
+        return self.same((self.work_dir / "STOP").exists())
+
+    def same(self, value: Any) -> Any:
+        """The first rank's value on every rank; all must ask together, and none goes on before all have."""
+        return value if self.agree is None else self.agree(value)
+
+    def first_does(self, work: Callable[[], Any]) -> Any:
+        """Have the first rank do something while the others wait; all get its result (something JSON can hold).
+
+        Inside, that rank may look for a wish to stop by itself; a `stop` stops them all.
+        """
+        if self.agree is None:
+            return work()
+        answer: dict[str, Any] = {}
+        if self.rank == 0:
+            agree, self.agree = self.agree, None
+            try:
+                answer = {"value": work()}
+            except StopRequested as stop:
+                answer = {"stop": stop.step}
+            finally:
+                self.agree = agree
+        answer = self.agree(answer)
+        if "stop" in answer:
+            raise StopRequested(answer["stop"])
+        return answer["value"]
 
     def stop(self, step: int = 0) -> NoReturn:
         """End the stage early after its state was saved; it will be resumed."""

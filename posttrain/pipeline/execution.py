@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, PosttrainError
+from posttrain.pipeline.disk import disk_error, free_reserve, keep_reserve
 from posttrain.pipeline.events import Event, EventLog, EventReader
-from posttrain.pipeline.files import read_json, write_json, write_text
+from posttrain.pipeline.files import discard_tree, read_json, write_json, write_text
 from posttrain.pipeline.fingerprint import digest
 from posttrain.pipeline.graph import in_section
-from posttrain.pipeline.lock import Lock, LockHeld, held
+from posttrain.pipeline.lock import Lock, LockHeld, held, holder
 from posttrain.pipeline.plan import Plan, StagePlan
 from posttrain.pipeline.progress import RunState, state_of
 from posttrain.pipeline.run_dir import FORMAT, RunDir
-from posttrain.pipeline.store import Artifact
+from posttrain.pipeline.store import Artifact, damage
 
 if TYPE_CHECKING:
     from posttrain.launch.job import Job
@@ -74,9 +74,22 @@ class Execution:
         self.interrupts = Interrupts()
         self.stopping = False
         self.finished: dict[str, Artifact] = {}
+        self.repaired: set[str] = set()
+        """Stages that were run again because their artifact was damaged; twice means a disk that cannot be trusted."""
 
     def run_all(self) -> RunResult:
+        """Execute what is to do; a disk that is full or cannot be written is a failed run with one message."""
+        try:
+            return self._run_all()
+        except OSError as error:
+            known = disk_error(error, self.run_dir.path)
+            if known is None:
+                raise
+            return RunResult(self.run_dir, EXIT_FAILED, str(known))
+
+    def _run_all(self) -> RunResult:
         self._freeze()
+        keep_reserve(self.run_dir.path)
         self.log.append("run_started", recipe=self.plan.resolved.recipe, stages=len(self.plan.stages))
         status, code, message = "failed", EXIT_FAILED, ""
         try:
@@ -84,10 +97,11 @@ class Execution:
                 status, code, message = self._stages()
         except Interrupted:
             status, code, message = "interrupted", EXIT_INTERRUPTED, self._how_to_continue()
-        except PosttrainError as error:
-            message = str(error)
+        except (PosttrainError, OSError) as error:
+            message = str((isinstance(error, OSError) and disk_error(error, self.run_dir.path)) or error)
             raise
         finally:
+            free_reserve(self.run_dir.path)
             self.log.append("run_finished", status=status, exit=code, message=message)
             self._show_events()
         report = self._report() if code == EXIT_DONE else None
@@ -113,7 +127,7 @@ class Execution:
             self._show_events()
             if self._stop_wanted():
                 return self._stopped()
-            status, message = self._stage(planned)
+            status, message = self._stage_on_good_inputs(planned)
             self._show_events()
             if status == "stopped":
                 return self._stopped()
@@ -131,9 +145,32 @@ class Execution:
         self.finished[planned.name] = artifact
         self.run_dir.link_artifact(planned.name, artifact.folder)
         self.log.append("stage_cached", planned.name, key=planned.key)
-        leftover = self.plan.store.work_dir(planned.stage.type, planned.key)
-        if leftover.exists() and not held(leftover / "lock") and not held(leftover / "runner"):
-            rmtree(leftover)
+        discard_work(self.plan.store.work_dir(planned.stage.type, planned.key))
+
+    def _stage_on_good_inputs(self, planned: StagePlan) -> tuple[str, str]:
+        """`_stage`; where its worker finds inputs damaged, the stages that made them run again first."""
+        status, message = self._stage(planned)
+        while status == "damaged":
+            outcome = self._outcome(planned) or {}
+            for name, lines in outcome["damaged"].items():
+                parent = self.plan[planned.inputs[name].stage]
+                if parent.name in self.repaired or not parent.selected:
+                    return self._failed(planned, message)
+                self.repaired.add(parent.name)
+                self.display.note(f"{parent.name}: its artifact is damaged ({', '.join(lines)}); it is made again")
+                self.log.append("artifact_damaged", parent.name, lines=lines)
+                parent.status, parent.artifact, parent.damaged = "pending", None, True
+                status, message = self._stage_on_good_inputs(parent)
+                self._show_events()
+                if status not in ("done", "cached"):
+                    return status, message
+            status, message = self._stage(planned)
+        return status, message
+
+    def _outcome(self, planned: StagePlan) -> dict[str, Any] | None:
+        from posttrain.launch.job import read_outcome
+
+        return read_outcome(self.plan.store.work_dir(planned.stage.type, planned.key))
 
     def _stage(self, planned: StagePlan) -> tuple[str, str]:
         """Run one stage to its end; returns "done", "cached", "stopped" or "failed", and why."""
@@ -142,7 +179,7 @@ class Execution:
         if claim is None:
             return "stopped", ""
         with claim:
-            return self._claimed(planned, work_dir)
+            return self._claimed(planned, work_dir, claim)
 
     def _claim(self, planned: StagePlan, work_dir: Path) -> Lock | None:
         """The right to look after a work folder, once no other runner has it; None when a stop was asked for."""
@@ -163,26 +200,32 @@ class Execution:
             if claim is not None:
                 claim.release()
             if not told:
-                self.display.note(f"{planned.name}: another run is computing it; waiting for that")
+                who = holder(work_dir / CLAIM) or holder(work_dir / LOCK)
+                whose = f" ({who})" if who is not None else ""
+                self.display.note(f"{planned.name}: another run{whose} is computing it; waiting for that")
                 told = True
             self._show_events()
             if self._stop_wanted():
                 return None
             time.sleep(POLL_SECONDS)
 
-    def _claimed(self, planned: StagePlan, work_dir: Path) -> tuple[str, str]:
+    def _claimed(self, planned: StagePlan, work_dir: Path, claim: Lock) -> tuple[str, str]:
         """Run one stage whose work folder is ours."""
         from posttrain.launch.job import clear_work
         from posttrain.launch.local import LocalWorker
         from posttrain.pipeline.rerun import files_before
 
         store, type_, key = self.plan.store, planned.stage.type, planned.key
+        before = files_before(store, type_, key)
+        # Asked again: another runner may have made it anew meanwhile.
+        if planned.damaged and damage(store.folder(type_, key)):
+            store.set_damaged(type_, key)
+        planned.damaged = False
         artifact = store.find(type_, key)
         if artifact is not None and not planned.forced:
             self._cached(planned, artifact)
-            rmtree(work_dir, ignore_errors=True)
+            discard_tree(work_dir)
             return "cached", ""
-        before = files_before(store, type_, key)
         if planned.forced:
             clear_work(work_dir)
             if artifact is not None:
@@ -202,6 +245,10 @@ class Execution:
         except BaseException:
             worker.kill()
             raise
+        if not claim.held:
+            who = holder(claim.path)
+            what = f"stage {planned.name}: {who or 'another process'} has taken over its work folder, as this runner "
+            return self._failed(planned, f"{what}showed no life for a while; it goes on there")
         how = self._conclude(planned, job, code)
         if before is not None and planned.name in self.finished:
             self._rerun_descendants(planned, before)
@@ -229,7 +276,7 @@ class Execution:
         metas = {name: parents[name].metas[one.output] for name, one in planned.inputs.items()}
         predicted = planned.stage.describe(planned.cfg, metas)
         attempt = self.run_dir.next_attempt(planned.name)
-        engine = self.plan.resolved.frame.engine
+        engine, debug = self.plan.resolved.frame.engine, self.plan.resolved.frame.debug
         return Job(
             stage=planned.name,
             type=planned.stage.type,
@@ -252,10 +299,12 @@ class Execution:
             target=str(self.plan.store.folder(planned.stage.type, planned.key)),
             events=str(self.run_dir.events_path),
             device=engine.device,
-            ranks=engine.ranks,
+            ranks=engine.ranks if planned.stage.parallel else 1,
             attempt=attempt,
-            log=str(self.run_dir.log_path(planned.name, attempt)),
+            log=None if debug.inline else str(self.run_dir.log_path(planned.name, attempt)),
             tracker=self._tracker(),
+            debug=debug.model_dump(mode="json"),
+            profile=str(self.run_dir.path / "profile" / planned.name) if debug.profile_steps else None,
             environment=engine.model_dump(mode="json"),
             recipe={**self.plan.resolved.account(), "run": self.run_dir.name},
         )
@@ -286,16 +335,14 @@ class Execution:
         return self.stopping
 
     def _conclude(self, planned: StagePlan, job: Job, code: int) -> tuple[str, str]:
-        from posttrain.launch.job import read_outcome
-
         self._show_events()
         work_dir = self.plan.store.work_dir(planned.stage.type, planned.key)
-        outcome = read_outcome(work_dir)
+        outcome = self._outcome(planned)
         artifact = self.plan.store.find(planned.stage.type, planned.key)
         if artifact is not None:
             self.finished[planned.name] = artifact
             self.run_dir.link_artifact(planned.name, artifact.folder)
-            rmtree(work_dir, ignore_errors=True)
+            discard_tree(work_dir)
             self.log.append("stage_finished", planned.name, seconds=artifact.manifest["seconds"])
             return "done", ""
         if outcome is not None and outcome["status"] == "stopped":
@@ -304,7 +351,10 @@ class Execution:
         if outcome is None and self.stopping:
             self.log.append("stage_stopped", planned.name, message="ended before it could save")
             return "stopped", ""
-        return self._failed(planned, self._failure(planned, job, outcome, code))
+        message = self._failure(planned, job, outcome, code)
+        if outcome is not None and outcome.get("damaged"):
+            return "damaged", message
+        return self._failed(planned, message)
 
     def _failure(self, planned: StagePlan, job: Job, outcome: dict[str, Any] | None, code: int) -> str:
         lines = [f"stage {planned.name} failed"]
@@ -364,6 +414,21 @@ class Execution:
             return read_json(self.run_dir.report_record_path)
         except (OSError, ValueError):
             return None
+
+
+def discard_work(work_dir: Path) -> bool:
+    """Remove a work folder unless somebody works in it; true when it is gone."""
+    from posttrain.launch.job import CLAIM, LOCK
+
+    if not work_dir.exists():
+        return True
+    try:
+        # In a runner's order: it claims the folder first and starts a worker then.
+        with Lock.acquire(work_dir / CLAIM, patience=0), Lock.acquire(work_dir / LOCK, patience=0):
+            discard_tree(work_dir)
+    except LockHeld:
+        return False
+    return True
 
 
 def make_record(plan: Plan, created: float) -> dict[str, Any]:

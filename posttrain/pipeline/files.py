@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def remove_tree(folder: Path) -> None:
     from shutil import rmtree
 
     rmtree(folder)
+
+
+def discard_tree(folder: Path) -> None:
+    """Remove a folder in which others may be about to make names: it is gone at once, whole."""
+    gone = folder.with_name(f".gone-{folder.name.lstrip('.')}-{uuid.uuid4().hex[:8]}")
+    try:
+        os.rename(folder, gone)
+    except FileNotFoundError:
+        return
+    remove_tree(gone)
 
 
 def clear(folder: Path) -> None:

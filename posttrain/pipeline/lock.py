@@ -1,35 +1,77 @@
-"""A lock file: flock decides who holds it, its content says who that is (pid and start time)."""
+"""A lock that needs no flock: a folder of numbered files, the highest of which says who holds it.
+
+Only three things are asked of the file system, and NFS, Lustre and object mounts with POSIX names give them: making a
+name fails if it exists, listing after one's own change is current, and a touched file gets the server's time. Taking a
+lock means to make the next number. Its holder touches the file every `BEAT_SECONDS`. A lock is stale when its process
+is gone, which is known at once on the same machine, or, elsewhere, when it has not been touched for `STALE_SECONDS` of
+the file system's own clock; then the next number may be made over it.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import errno
 import json
 import os
+import platform
+import random
+import threading
 import time
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
+
+from posttrain.errors import StageError
+
+BEAT_SECONDS = 5.0
+STALE_SECONDS = 60.0
+"""How often a holder shows that it lives, and after what silence a holder on another machine counts as dead."""
+CONTEST_SECONDS = 5.0
+"""How long more than its patience a process tries to take a lock that nobody holds."""
+CLOCK_SECONDS = 30.0
+"""How long the difference between this machine's clock and the file system's is taken to stay the same."""
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, told apart from a later one with the same pid by its start time."""
+    """A process, told apart from a later one with the same pid by its start time.
+
+    Attributes:
+        pid, start: the process, as its machine counts.
+        host: the machine's name, for people.
+        space: identifies the running machine and its space of process numbers (a container has its own).
+        token: of one acquisition.
+    """
 
     pid: int
     start: str
+    host: str = ""
+    space: str = ""
+    token: str = field(default="", compare=False)
+
+    @property
+    def here(self) -> bool:
+        """Whether the process can be looked at from this one."""
+        return self.space in ("", this_space())
 
     def alive(self) -> bool:
-        return self.pid > 0 and start_time(self.pid) == self.start
+        """Whether that process, on this machine, is still there."""
+        return self.here and self.pid > 0 and start_time(self.pid) == self.start
 
-    def to_json(self) -> dict[str, int | str]:
-        return {"pid": self.pid, "start": self.start}
+    def __str__(self) -> str:
+        return f"process {self.pid}" if self.here else f"process {self.pid} on {self.host}"
 
 
 class LockHeld(Exception):
     """Somebody else holds the lock; `owner` is None while it has not written who it is."""
 
     def __init__(self, path: Path, owner: Owner | None) -> None:
-        super().__init__(f"{path} is held by process {owner.pid if owner else 'unknown'}")
+        super().__init__(f"{path} is held by {owner or 'a process that has not said which'}")
         self.owner = owner
 
 
@@ -56,52 +98,93 @@ def _start_time_without_proc(pid: int) -> str | None:
         return None
 
 
+@cache
+def this_space() -> str:
+    """This machine since its last start, and the space in which its process numbers count."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{platform.node()} {uuid.getnode():x}"
+
+
 def this_process() -> Owner:
     """The calling process."""
-    return Owner(os.getpid(), start_time(os.getpid()) or "")
+    pid = os.getpid()
+    return Owner(pid, start_time(pid) or "", platform.node(), this_space(), uuid.uuid4().hex)
 
 
 class Lock:
-    """An exclusive lock, held until `release` or the end of the process."""
+    """An exclusive lock, held until `release` or the end of the process.
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
-        self._descriptor: int | None = descriptor
+    Attributes:
+        path: the lock's folder.
+        lost: whether it was taken over, because this process could not touch it for `STALE_SECONDS`.
+    """
+
+    def __init__(self, path: Path, file: Path, owner: Owner, on_lost: Callable[[], None] | None) -> None:
+        self.path, self.lost = path, False
+        self._file, self._owner, self._on_lost = file, owner, on_lost
+        self._end = threading.Event()
+        threading.Thread(target=self._beat, name=f"lock {path.name}", daemon=True).start()
 
     @classmethod
-    def acquire(cls, path: Path, patience: float = 1.0) -> Lock:
-        """Take the lock; tries for `patience` seconds, since a reader of the lock holds it for an instant.
+    def acquire(cls, path: Path, patience: float = 1.0, on_lost: Callable[[], None] | None = None) -> Lock:
+        """Take the lock, or try to for `patience` seconds.
+
+        Args:
+            on_lost: called from another thread if the lock is taken over or removed while it is held.
 
         Raises:
             LockHeld: somebody else has it.
         """
         deadline = time.monotonic() + patience
         while True:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
-                # Somebody removed the folder just now.
-                continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                if time.monotonic() > deadline:
-                    raise LockHeld(path, _read_owner(path)) from None
-                time.sleep(0.05)
-                continue
-            if _same_file(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(this_process().to_json()).encode(), 0)
-                return cls(path, descriptor)
-            # The folder was removed and made anew between open and flock: this lock is on a file nobody sees.
-            os.close(descriptor)
+            before = _newest(path)
+            taken = before is not None and _holds(before)
+            if not taken:
+                owner = this_process()
+                file = _take(path, before, owner)
+                if file is not None:
+                    return cls(path, file, owner, on_lost)
+            # A free lock that others snatch away again and again is worth some more tries than one that is held.
+            if time.monotonic() > deadline + (0.0 if taken else CONTEST_SECONDS):
+                raise LockHeld(path, _read_owner(before) if before is not None else None)
+            # Of two that want the next number and both back out, one comes first the next time.
+            time.sleep(0.02 + 0.03 * random.random())
+
+    @property
+    def held(self) -> bool:
+        """Whether the lock is still this one: looked up on the disk."""
+        newest = _newest(self.path)
+        owner = _read_owner(newest) if newest == self._file else None
+        return owner is not None and owner.token == self._owner.token
+
+    def require(self) -> None:
+        """Raises StageError when somebody else has taken the lock over."""
+        if self.lost or not self.held:
+            what = f"another process has taken over {self.path.parent}, since this one showed no life for a while"
+            raise StageError(what, str(self.path), "nothing: the other one goes on with the work")
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if not self._end.is_set():
+            self._end.set()
+            # The folder may have been removed, or removed and made again with somebody else's lock of this number.
+            if self.held:
+                self._file.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                if self.held:
+                    os.utime(self._file)
+                    continue
+                if self._end.is_set():
+                    return
+                self.lost = True
+                if self._on_lost is not None:
+                    self._on_lost()
+                return
 
     def __enter__(self) -> Lock:
         return self
@@ -114,34 +197,114 @@ class Lock:
 
 def held(path: Path) -> bool:
     """Whether somebody holds that lock now."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    newest = _newest(path)
+    return newest is not None and _holds(newest)
 
 
 def holder(path: Path) -> Owner | None:
     """Who holds that lock now; None when nobody does or it has not yet said who it is."""
-    return _read_owner(path) if held(path) else None
+    newest = _newest(path)
+    return _read_owner(newest) if newest is not None and _holds(newest) else None
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
+def _newest(path: Path) -> Path | None:
+    """The file with the highest number."""
+    numbers = [int(name) for name in _names(path) if name.isdigit()]
+    return path / str(max(numbers)) if numbers else None
+
+
+def _names(path: Path) -> list[str]:
     try:
-        return os.fstat(descriptor).st_ino == os.stat(path).st_ino
-    except FileNotFoundError:
+        return os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _take(path: Path, before: Path | None, owner: Owner) -> Path | None:
+    """Make the number after `before`, which holds nothing any more; None when somebody else was quicker."""
+    replaced = _token(before)
+    file = path / str(int(before.name) + 1 if before is not None else 1)
+    try:
+        if path.is_file():
+            path.unlink()  # a lock as earlier versions made it
+        path.mkdir(parents=True, exist_ok=True)
+        _make(file, json.dumps(asdict(owner)))
+    except (FileExistsError, FileNotFoundError):
+        # Somebody else made it, or removed the folder just now.
+        return None
+    # Whoever makes a number takes away those before it. If `before` is gone, somebody did so between our look and now.
+    if _newest(path) != file or _token(before) != replaced:
+        file.unlink(missing_ok=True)
+        return None
+    for name in _names(path):
+        if name.isdigit() and name != file.name:
+            with contextlib.suppress(OSError):
+                (path / name).unlink()
+    return file
+
+
+def _token(file: Path | None) -> str | None:
+    """What tells the holder that made a file from all others: "" if it does not say; None if there is no such file."""
+    if file is None or not file.exists():
+        return None
+    owner = _read_owner(file)
+    return owner.token if owner is not None else ""
+
+
+def _make(file: Path, text: str) -> None:
+    """Make a file with that content at once, or raise FileExistsError."""
+    aside = file.with_name(f".{uuid.uuid4().hex}")
+    try:
+        aside.write_text(text)
+        os.link(aside, file)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # No hard links here: the name is still made by one process alone, its content follows.
+        with file.open("x") as new:
+            new.write(text)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _holds(file: Path) -> bool:
+    """Whether the process that made that file still has the lock."""
+    owner = _read_owner(file)
+    if owner is not None and owner.here:
+        return owner.alive()
+    try:
+        # Opened first: a network file system then asks its server for the file's times.
+        with file.open("rb") as opened:
+            touched = os.fstat(opened.fileno()).st_mtime
+    except OSError:
         return False
+    return _file_system_time(file.parent) - touched < STALE_SECONDS
 
 
-def _read_owner(path: Path) -> Owner | None:
+_clocks: dict[int, tuple[float, float]] = {}
+"""Device of a file system to when its clock was last looked at, and how far it is ahead of ours."""
+
+
+def _file_system_time(folder: Path) -> float:
+    """The time that a file touched now would get: clocks of machines differ, the file system has one."""
     try:
-        data = json.loads(path.read_text())
-        return Owner(int(data["pid"]), str(data["start"]))
+        device = folder.stat().st_dev
+        looked, ahead = _clocks.get(device, (-CLOCK_SECONDS, 0.0))
+        if time.monotonic() - looked >= CLOCK_SECONDS:
+            probe = folder / f".{uuid.uuid4().hex}"
+            probe.touch()
+            ahead = probe.stat().st_mtime - time.time()
+            probe.unlink()
+            _clocks[device] = (time.monotonic(), ahead)
+    except OSError:
+        ahead = 0.0
+    return time.time() + ahead
+
+
+def _read_owner(file: Path) -> Owner | None:
+    try:
+        data = json.loads(file.read_text())
+        names = ("start", "host", "space", "token")
+        return Owner(int(data["pid"]), *(str(data[name]) for name in names))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -16,7 +16,7 @@ from posttrain.pipeline.graph import Graph, in_section, section_of
 from posttrain.pipeline.lock import held
 from posttrain.pipeline.run_dir import RunDir, list_runs
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, Stage, StageConfig
-from posttrain.pipeline.store import Artifact, Store
+from posttrain.pipeline.store import Artifact, Store, damage
 
 if TYPE_CHECKING:
     from posttrain.config.recipe import ResolvedRecipe
@@ -47,6 +47,7 @@ class StagePlan:
         reasons: why it must run, or what will happen.
         outputs: metas, measured for a cached stage, else predicted.
         artifact: the finished artifact of a cached stage.
+        damaged: the artifact under the key is not what was written; it is moved aside before the stage runs.
         resumes: an earlier attempt left a work folder from which the stage goes on.
     """
 
@@ -59,6 +60,7 @@ class StagePlan:
     status: str = "pending"
     selected: bool = True
     forced: bool = False
+    damaged: bool = False
     reasons: list[str] = field(default_factory=list)
     outputs: dict[str, ArtifactMeta] = field(default_factory=dict)
     estimate: Estimate = field(default_factory=Estimate)
@@ -194,7 +196,7 @@ class _Planner:
     ) -> None:
         self.seed, self.resolved = resolved.frame.seed, resolved
         self.graph, self.store, self.selected, self.forced, self.previous = graph, store, selected, forced, previous
-        self.device = resolved.frame.engine.device
+        self.device, self.ranks = resolved.frame.engine.device, resolved.frame.engine.ranks
         self.done: dict[str, StagePlan] = {}
         self.problems: list[Problem] = []
 
@@ -239,6 +241,9 @@ class _Planner:
         except RecipeError as error:
             self._note(name, error)
             return
+        broken = damage(artifact.folder, content=False) if artifact is not None else []
+        if broken:
+            planned.damaged, artifact = True, None
         if artifact is not None and not planned.forced:
             planned.status, planned.artifact = "cached", artifact
             return
@@ -247,6 +252,8 @@ class _Planner:
             planned.status, planned.reasons = "running", ["being computed now"]
         else:
             planned.reasons = self._why(planned, artifact)
+        if broken:
+            planned.reasons = [f"its artifact is damaged ({', '.join(broken)}) and is made again"]
 
     def _why(self, planned: StagePlan, artifact: Artifact | None) -> list[str]:
         if planned.forced and artifact is not None:
@@ -270,16 +277,33 @@ class _Planner:
             else:
                 planned.outputs = planned.stage.describe(planned.cfg, known)
                 planned.stage.check(planned.cfg, known)
+                self._check_ranks(planned)
             with planning_for(self.device):
-                planned.estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
+                estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
+                planned.estimate = self._of_all_ranks(planned, estimate)
         except RecipeError as error:
             self._note(planned.name, error)
+
+    def _check_ranks(self, planned: StagePlan) -> None:
+        if self.ranks == 1 or not planned.stage.parallel:
+            return
+        try:
+            planned.stage.check_ranks(planned.cfg, self.ranks)
+        except ValueError as error:
+            fix = "another number of ranks, or of sequences a step"
+            raise RecipeError(f"engine.ranks={self.ranks}: {error}", "engine.ranks", fix) from error
 
     def _with_runtime(self, estimate: Estimate) -> Estimate:
         """Add the `runtime` term where memory is estimated and is that of the host."""
         if not estimate.memory or not computes_on_host(self.device):
             return estimate
         return replace(estimate, memory={**estimate.memory, "runtime": RUNTIME_BYTES})
+
+    def _of_all_ranks(self, planned: StagePlan, estimate: Estimate) -> Estimate:
+        """Ranks on the host share its memory; on GPUs each has its own."""
+        if self.ranks == 1 or not planned.stage.parallel or not computes_on_host(self.device):
+            return estimate
+        return replace(estimate, memory={term: self.ranks * size for term, size in estimate.memory.items()})
 
     def _note(self, name: str, error: RecipeError) -> None:
         stage, section = self.graph.stages[name][0], section_of(name)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain.errors import RecipeError
-from posttrain.launch.job import CLAIM, LOCK
-from posttrain.pipeline.files import remove_tree
-from posttrain.pipeline.lock import Lock, LockHeld
+from posttrain.pipeline.execution import discard_work
 from posttrain.pipeline.plan import Plan, StagePlan
 from posttrain.pipeline.store import MANIFEST, Store, read_artifact
 
@@ -53,11 +51,7 @@ def _retire(store: Store, planned: StagePlan) -> bool:
     work_dir = store.work_dir(type_, key)
     worked = work_dir.exists()
     if worked:
-        try:
-            with Lock.acquire(work_dir / CLAIM), Lock.acquire(work_dir / LOCK):
-                remove_tree(work_dir)
-        except LockHeld:
-            worked = False
+        worked = discard_work(work_dir)
     retired = store.retire(type_, key)
     planned.status, planned.artifact, planned.resumes = "pending", None, False
     return retired or worked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from posttrain.errors import EXIT_DONE, EXIT_STOPPED, Problem, RecipeError
+from posttrain.errors import EXIT_DONE, Problem, RecipeError
 from posttrain.pipeline.events import EventReader
 from posttrain.pipeline.execution import POLL_SECONDS, Display, Execution, Quiet, RunResult
 from posttrain.pipeline.lock import Lock, LockHeld, Owner, held
@@ -28,7 +28,7 @@ def plan_and_run(make: Callable[[], Plan], display: Display | None = None, *, ye
 def run_plan(plan: Plan, display: Display | None = None) -> RunResult:
     """Execute a plan's selected stages and build the report.
 
-    A run that another process executes already is followed to its end instead.
+    A run that another process executes already is followed to its end instead; if that process dies, this one goes on.
 
     Raises:
         RecipeError: nothing ran: a stage that was left out is missing, or the run's name is another recipe's.
@@ -37,12 +37,17 @@ def run_plan(plan: Plan, display: Display | None = None) -> RunResult:
     check_selection(plan)
     check_name(plan)
     run = plan.run_dir
-    try:
-        lock = Lock.acquire(run.lock_path)
-    except LockHeld as error:
-        return follow(run, display, error.owner)
-    with lock:
-        return Execution(plan, run, display).run_all()
+    while True:
+        try:
+            lock = Lock.acquire(run.lock_path)
+        except LockHeld as error:
+            result = follow(run, display, error.owner)
+            if result is not None:
+                return result
+            display.note(f"the process that executed run {run.name} is gone; going on with it here")
+            continue
+        with lock:
+            return Execution(plan, run, display).run_all()
 
 
 def check_selection(plan: Plan) -> None:
@@ -71,9 +76,9 @@ def check_name(plan: Plan) -> None:
         )
 
 
-def follow(run: RunDir, display: Display, owner: Owner | None = None) -> RunResult:
-    """Show a run that another process executes, and end with its result."""
-    display.note(f"run {run.name} is executed by process {owner.pid if owner else 'unknown'}; following it")
+def follow(run: RunDir, display: Display, owner: Owner | None = None) -> RunResult | None:
+    """Show a run that another process executes, and end with its result; None when that process died."""
+    display.note(f"run {run.name} is executed by {owner or 'another process'}; following it")
     reader = EventReader(run.events_path)
     state = RunState()
     shown = False
@@ -88,8 +93,7 @@ def follow(run: RunDir, display: Display, owner: Owner | None = None) -> RunResu
             break
         time.sleep(POLL_SECONDS)
     if state.exit_code is None:
-        message = f"the process that executed run {run.name} is gone; continue it: posttrain resume {run.name}"
-        return RunResult(run, EXIT_STOPPED, message, followed=True)
+        return None
     failed = [stage.message for stage in state.stages.values() if stage.status == "failed"]
     report = run.report_path if state.exit_code == EXIT_DONE and run.report_path.exists() else None
     return RunResult(run, state.exit_code, failed[-1] if failed else "", report, followed=True)

@@ -120,6 +120,9 @@ class Stage:
     """Raised when the same config would give another result."""
     Config: ClassVar[type[StageConfig]]
     inputs: ClassVar[dict[str, InputSpec]] = {}
+    parallel: ClassVar[bool] = False
+    """Whether `run` works on several ranks (`ctx.rank`, `ctx.world_size`): only rank 0 writes then. If not, the stage
+    runs on one rank whatever `engine.ranks` says."""
     outputs: ClassVar[dict[str, str]] = {}
     """Output name to artifact type. The first output is what a bare `STAGE` reference means."""
 
@@ -137,6 +140,9 @@ class Stage:
 
     def check(self, cfg: Any, inputs: Mapping[str, ArtifactMeta]) -> None:
         """Cheap checks without weights. Raises RecipeError. Also called by the worker with measured metas."""
+
+    def check_ranks(self, cfg: Any, ranks: int) -> None:
+        """Whether the work can be shared by that many ranks; asked of parallel stages. Raises ValueError."""
 
     def estimate(self, cfg: Any, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         """Cost by formula. `inputs` as in `describe`."""

@@ -4,13 +4,14 @@
 Work goes on in `.work-<key>` beside it; finalising seals `.work-<key>/outputs` (hash, fsync, manifest) and renames it
 into place, so that a crash at any moment leaves either a work folder that can be resumed or a complete artifact.
 `.old-<key>` is an artifact that a forced rerun has set aside; `.stale-<key>` is one whose inputs were replaced by such
-a rerun.
+a rerun; `.damaged-<key>` is one whose files are not what they were.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,20 @@ class Store:
         sync_folder(stale.parent)
         return True
 
+    def damaged(self, type_: str, key: str) -> Path:
+        return self.root / type_ / f".damaged-{key}"
+
+    def set_damaged(self, type_: str, key: str) -> bool:
+        """Move a damaged artifact out of the way of the one that is made anew; true when there was one."""
+        folder, damaged = self.folder(type_, key), self.damaged(type_, key)
+        if not folder.exists():
+            return False
+        if damaged.exists():
+            remove_tree(damaged)
+        os.rename(folder, damaged)
+        sync_folder(damaged.parent)
+        return True
+
     def restore(self, type_: str, key: str) -> bool:
         """Undo `set_aside` when no new artifact came; true when something was restored."""
         old, folder = self.aside(type_, key), self.folder(type_, key)
@@ -194,6 +209,7 @@ def publish(work_dir: Path, target: Path) -> Artifact:
     if target.exists() and not (target / MANIFEST).exists():
         remove_tree(target)
     if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(work_dir / "outputs", target)
         sync_folder(target.parent)
     old = target.with_name(f".old-{target.name}")
@@ -225,7 +241,11 @@ def _hash_output(folder: Path, name: str, type_: str) -> dict[str, dict[str, Any
     for path in [*files.values(), *(p for p in folder.rglob("*") if p.is_dir())]:
         if path.is_symlink():
             raise StageError(f"output '{name}' holds a link, which an artifact may not", str(path))
-    return {relative: {"sha256": hash_file(path), "size": path.stat().st_size} for relative, path in files.items()}
+    digests = hash_files(list(files.values()))
+    return {
+        relative: {"sha256": found, "size": path.stat().st_size}
+        for (relative, path), found in zip(files.items(), digests, strict=True)
+    }
 
 
 def _sync_tree(folder: Path) -> None:
@@ -235,25 +255,67 @@ def _sync_tree(folder: Path) -> None:
         sync_folder(parent)
 
 
+def hash_files(files: list[Path]) -> list[str]:
+    """SHA-256 of every file, several at a time."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(hash_file, files))
+
+
 def verify(folder: Path) -> list[str]:
     """Re-hash an artifact's files; one line for every one that is changed, missing or extra, none when all is well."""
+    lines = damage(folder)
+    try:
+        artifact = read_artifact(folder)
+    except RecipeError:
+        return lines
+    beside = artifact.manifest.get("beside", {})
+    known = {MANIFEST, *_expected(artifact), *beside}
+    extra = [f"extra: {name}" for name in list_files(folder) if name not in known]
+    return [*lines, *_wrong(folder, beside, content=True), *extra]
+
+
+def damage(folder: Path, output: str | None = None, *, content: bool = True) -> list[str]:
+    """What is changed or missing of an artifact's outputs, or of one of them; none when all is well.
+
+    What only lies beside the manifest is no output: a model is not made again for want of its `code.diff`.
+
+    Args:
+        content: hash the files; else only look at their sizes, which costs nothing and finds those cut short.
+    """
     try:
         artifact = read_artifact(folder)
     except RecipeError as error:
         return [error.problems[0].what]
-    lines = []
-    expected = {
-        f"{name}/{relative}": entry
+    expected = {name: fact for name, fact in _expected(artifact).items() if output in (None, name.partition("/")[0])}
+    return _wrong(folder, expected, content=content)
+
+
+def _wrong(folder: Path, expected: Mapping[str, Mapping[str, Any]], *, content: bool) -> list[str]:
+    wrong, to_hash = {}, []
+    for name, fact in expected.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            wrong[name] = "missing"
+            continue
+        if size != fact["size"]:
+            wrong[name] = "changed"
+        else:
+            to_hash.append(name)
+    if content:
+        for name, found in zip(to_hash, hash_files([folder / name for name in to_hash]), strict=True):
+            if found != expected[name]["sha256"]:
+                wrong[name] = "changed"
+    return [f"{wrong[name]}: {name}" for name in expected if name in wrong]
+
+
+def _expected(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    """Digest and size of every file by its path in the artifact."""
+    return {
+        f"{name}/{relative}": fact
         for name, output in artifact.manifest["outputs"].items()
-        for relative, entry in output["files"].items()
-    } | artifact.manifest.get("beside", {})
-    present = {name: path for name, path in list_files(folder).items() if name != MANIFEST}
-    for name, entry in expected.items():
-        if name not in present:
-            lines.append(f"missing: {name}")
-        elif present[name].stat().st_size != entry["size"] or hash_file(present[name]) != entry["sha256"]:
-            lines.append(f"changed: {name}")
-    return lines + [f"extra: {name}" for name in present if name not in expected]
+        for relative, fact in output["files"].items()
+    }
 
 
 def link(path: Path, target: Path) -> None:

@@ -61,6 +61,8 @@ def training_arguments(
         # A NaN must be seen, not replaced by the average of the steps before; and the filter asks the device.
         logging_nan_inf_filter=False,
         disable_tqdm=True,
+        # A loss is already this rank's share of the step's: see `StageTrainer`.
+        average_tokens_across_devices=False,
         report_to=_report_to(ctx),
         run_name=ctx.name,
         remove_unused_columns=False,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch.profiler import profile
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.pipeline.context import StageContext
@@ -43,7 +46,7 @@ class StageCallback(TrainerCallback):
         last = state.global_step >= state.max_steps
         if self.ctx.should_stop():
             self.stopped = control.should_training_stop = control.should_save = True
-        elif not last and self._due(state.global_step, now):
+        elif not last and self.ctx.same(self._due(state.global_step, now)):
             control.should_save = True
         return control
 
@@ -70,6 +73,49 @@ class StageCallback(TrainerCallback):
         by_steps = self.save_every > 0 and step % self.save_every == 0
         by_time = self.save_seconds > 0 and now - self._saved >= self.save_seconds
         return by_steps or by_time
+
+
+class ProfileCallback(TrainerCallback):
+    """Records steps with torch's profiler, from the third on, when nothing is compiled or allocated any more.
+
+    Writes `trace.json.gz` (for chrome://tracing or Perfetto) and `operators.txt`, the operators that took longest.
+    """
+
+    FIRST = 3
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.folder, self.steps = folder, steps
+        self._profiler: profile | None = None
+        self._seen = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seen += 1
+        if self._seen == self.FIRST or (self._seen == 1 and state.max_steps - state.global_step < self.FIRST):
+            self._profiler = profile(record_shapes=True, profile_memory=True)
+            self._profiler.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.steps -= self._profiler is not None
+        if self._profiler is not None and (self.steps == 0 or state.global_step >= state.max_steps):
+            self._write()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._profiler is not None:
+            self._write()
+
+    def _write(self) -> None:
+        assert self._profiler is not None
+        found, self._profiler = self._profiler, None
+        found.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = found.key_averages().table(sort_by=key, row_limit=40)
+        (self.folder / "operators.txt").write_text(table, encoding="utf-8")
 
 
 def history_row(entry: dict[str, float]) -> dict[str, float]:

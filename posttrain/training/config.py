@@ -119,6 +119,10 @@ class TrainingConfig(StageConfig):
         share = self.sequences_per_step // world_size
         return max(size for size in range(1, min(self.micro_batch_size, share) + 1) if share % size == 0)
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ValueError unless the sequences of a step can be shared evenly among the ranks."""
+        self.micro_batch(ranks)
+
     def compiles(self, on_gpu: bool) -> bool:
         """Whether layers are compiled on that device."""
         return self.compile == "layers" or (self.compile == "auto" and on_gpu and self.max_steps >= COMPILE_PAYS_AFTER)

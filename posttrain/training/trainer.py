@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from posttrain.errors import StageError
 from posttrain.models.architecture import normalise
 from posttrain.pipeline.context import StageContext
-from posttrain.training import checkpoints, speed
+from posttrain.training import checkpoints, distributed, speed
 from posttrain.training.arguments import training_arguments
-from posttrain.training.callbacks import StageCallback, history_row
+from posttrain.training.callbacks import ProfileCallback, StageCallback, history_row
 from posttrain.training.config import TrainingConfig
 from posttrain.training.estimate import ActivationPlan, activation_plan
 from posttrain.training.graphed import GraphedMicroStep
@@ -75,9 +77,9 @@ class StageTrainer(Trainer):
         self._step_loss: Tensor | float = 0.0
         self._skip: Tensor | None = None
         self._graphed: GraphedMicroStep | None = None
-        micro_batch = config.micro_batch()
-        accumulation = config.sequences_per_step // micro_batch
-        self.micro_batch_tokens = tokens_per_step // accumulation
+        micro_batch = config.micro_batch(ctx.world_size)
+        accumulation = config.sequences_per_step // (micro_batch * ctx.world_size)
+        self.micro_batch_tokens = tokens_per_step // (accumulation * ctx.world_size)
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
@@ -92,7 +94,7 @@ class StageTrainer(Trainer):
             ),
             train_dataset=train_dataset,
             data_collator=data_collator,
-            callbacks=[self.watch],
+            callbacks=[self.watch, *([ProfileCallback(*ctx.profile)] if ctx.profile and ctx.rank == 0 else [])],
             **trainer_kwargs,
         )
         self.meter = Meter(lag=0 if self.args.device.type == "cpu" else LAG)
@@ -101,6 +103,9 @@ class StageTrainer(Trainer):
             model.config.use_cache = use_cache
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        if ctx.world_size > 1:
+            # Gradients are added in `training_step`; accelerate would wrap the model in DistributedDataParallel.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         # Both say that the loss is already that of the whole step (5.17 reads the first, 5.23 the second).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -112,7 +117,7 @@ class StageTrainer(Trainer):
             StopRequested: a stop was asked for; the state is saved.
             StageError: the loss or its gradient is not a number.
         """
-        newest = checkpoints.newest_complete(self.ctx.checkpoint_dir, log.warning)
+        newest = self._newest_checkpoint()
         if self.ctx.should_stop():
             self.ctx.stop(checkpoints.step_of(newest) if newest else 0)
         if newest is not None:
@@ -127,6 +132,16 @@ class StageTrainer(Trainer):
         if self.watch.stopped:
             self.ctx.stop(self.state.global_step)
         return [history_row(entry) for entry in self.state.log_history if "loss" in entry]
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The same on every rank; the first one deletes what cannot be used."""
+
+        def look() -> str | None:
+            found = checkpoints.newest_complete(self.ctx.checkpoint_dir, log.warning)
+            return str(found) if found is not None else None
+
+        found = self.ctx.first_does(look)
+        return Path(found) if found is not None else None
 
     @property
     def compiles(self) -> bool:
@@ -232,7 +247,16 @@ class StageTrainer(Trainer):
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
+        if self.ctx.world_size > 1 and self.accelerator.sync_gradients:
+            self._add_ranks()
         return loss
+
+    def _add_ranks(self) -> None:
+        """After a step's last micro-batch: gradients, loss and parts of all ranks together."""
+        distributed.add_gradients(self.model.parameters())
+        summed = distributed.add_numbers({"loss": self._step_loss, **self._parts}, self.args.device)
+        self._step_loss = summed.pop("loss")
+        self._parts = summed
 
     def _loss_and_parts(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch's loss and what `compute_loss` recorded beside it."""
@@ -289,8 +313,10 @@ class StageTrainer(Trainer):
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 stage = f"stages.{self.ctx.name}"
+                kept = checkpoints.checkpoints(Path(self.args.output_dir))
+                where = f"the checkpoint of step {checkpoints.step_of(kept[0])} is kept in {kept[0]}" if kept else ""
                 raise StageError(
-                    f"the {name} is {value} at step {step}; the weights before it are kept",
+                    f"the {name} is {value} at step {step}; {where or 'no checkpoint had been written yet'}",
                     where=stage,
                     fix=f"a lower rate ({stage}.lr={self.args.learning_rate / 4:g}), a longer warm-up "
                     f"({stage}.warmup_ratio=0.1) or {stage}.precision=fp32",
@@ -305,11 +331,22 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Before anything is written: a step that was not finite raises here, and the history is complete.
         self._report(flush=True)
-        folder = Path(self.args.output_dir)
-        path = checkpoints.begin(folder, self.state.global_step)
-        super()._save_checkpoint(model, trial)
-        checkpoints.complete(path)
-        checkpoints.rotate(folder, self.config.keep_checkpoints)
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        self.ctx.first_does(lambda: str(checkpoints.begin(folder, step)))
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            # On a full disk half a checkpoint would be in the way of everything, the next attempt included.
+            shutil.rmtree(checkpoints.checkpoint_path(folder, step), ignore_errors=True)
+            raise
+        # Every rank writes the state of its random numbers: complete is what all have written.
+        self.ctx.same("written")
+
+        def complete() -> None:
+            checkpoints.complete(checkpoints.checkpoint_path(folder, step))
+            checkpoints.rotate(folder, self.config.keep_checkpoints)
+
+        self.ctx.first_does(complete)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The parameters under their own names: `save_pretrained` may rename them, and loading would not notice."""

@@ -59,6 +59,13 @@ def test_stages_that_were_left_out_and_added() -> None:
     assert rows["stages.out"] == ("(not there)", "export", "stage@stages.out=export")
 
 
+def test_steps_that_debugging_cut_short_are_not_laid_on_the_scale() -> None:
+    rows = found("scale=demo", "debug=steps")
+    steps = rows["stages.distill.max_steps"]
+    assert steps[:2] == (9200, steps[1]) and steps[1] < 50 and steps[2] == f"debug=steps (debug.max_steps={steps[1]})"
+    assert rows["stages.distill.lr"][2] == "scale=demo"
+
+
 def test_a_recipe_that_is_not_whole_by_itself_has_no_published_values(tmp_path: Path) -> None:
     recipe = (
         "defaults: [base, model: tiny, stage@stages.up: mla_upcycle, _self_]\nstages: {up: {inputs: {model: model}}}\n"

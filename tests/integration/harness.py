@@ -18,17 +18,19 @@ RUN = ["run", "x_ecomla", "scale=smoke"]
 DEADLINE = 120.0
 
 
-def environment(cache: Path) -> dict[str, str]:
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+def environment(cache: Path, extra_path: Path | None = None) -> dict[str, str]:
+    paths = os.pathsep.join(str(path) for path in (extra_path, ROOT, ROOT / "kernels") if path is not None)
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "POSTTRAIN_CACHE": str(cache)}
 
 
-def posttrain(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def posttrain(
+    *arguments: str, cwd: Path, check: bool = True, extra_path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """One command to its end. With `check`, a non-zero exit fails the test and shows the output."""
     done = subprocess.run(
         [sys.executable, "-m", "posttrain", *arguments],
         cwd=cwd,
-        env=environment(cwd / "cache"),
+        env=environment(cwd / "cache", extra_path),
         capture_output=True,
         text=True,
         check=False,

@@ -53,7 +53,7 @@ def test_the_tracker_reaches_the_stage_and_not_the_key():
         plan = make_plan(toy_recipe(frame={"tracker": tracker}))
         job, work_dir = job_of(plan, "data", {})
         keys.add(job.key)
-        contexts[name] = execute.make_context(Job.read(work_dir), None, work_dir, "cpu")
+        contexts[name] = execute.make_context(Job.read(work_dir), work_dir, "cpu")
     assert contexts["none"].tracker is None
     assert contexts["wandb"].tracker == {**wandb, "dir": str(plan.run_dir.path)}
     assert len(keys) == 1
@@ -67,7 +67,7 @@ def test_a_tracked_job_tells_the_trainer(monkeypatch):
     monkeypatch.setattr(os, "environ", {**environment, "WANDB_MODE": "offline"})
     for tracker, expected in (("none", []), ("wandb", ["wandb"])):
         plan = make_plan(toy_recipe(frame={"tracker": {"name": tracker}}))
-        context = execute.make_context(*job_of(plan, "data", {})[:1], None, Path("work"), "cpu")
+        context = execute.make_context(*job_of(plan, "data", {})[:1], Path("work"), "cpu")
         assert training_arguments(context, TrainingConfig(type="train", max_steps=2), 1, 1).report_to == expected
     assert os.environ["WANDB_DIR"] == str(plan.run_dir.path)
 

@@ -219,6 +219,23 @@ def test_a_second_runner_follows_the_first():
     assert any(event["event"] == "stage_finished" for event in display.events)
 
 
+def test_a_follower_goes_on_when_the_runner_it_follows_is_killed():
+    runner = start_runner()
+    wait_for(lambda: steps_done() > 1)
+
+    def kill(event):
+        if event["event"] == "metrics" and runner.poll() is None:
+            runner.kill()
+            runner.wait()
+
+    display = Recorder(kill)
+    result = run(display, steps=60, pause=0.1)
+    assert result.exit_code == EXIT_DONE and not result.followed
+    assert any("is gone; going on with it here" in note for note in display.notes)
+    steps = [event["step"] for event in result.run_dir.events() if event["event"] == "metrics"]
+    assert steps == list(range(1, 61)), "no step came twice"
+
+
 def test_two_runs_that_want_the_same_key_do_the_work_once():
     results = {}
 

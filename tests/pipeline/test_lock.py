@@ -1,11 +1,41 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
+from posttrain.errors import StageError
+from posttrain.pipeline import lock as locks
 from posttrain.pipeline.lock import Lock, LockHeld, Owner, held, holder, start_time, this_process
+
+ELSEWHERE = Owner(4711, "1", "node-7", "another machine", "t")
+
+
+def write_lock(path: Path, owner: Owner, number: int = 1) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / str(number)
+    file.write_text(json.dumps(asdict(owner)))
+    return file
+
+
+def age(file: Path, seconds: float) -> None:
+    os.utime(file, (time.time() - seconds,) * 2)
+
+
+def gone_process() -> Owner:
+    """A process of this machine that has ended."""
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    owner = replace(this_process(), pid=child.pid, start=start_time(child.pid) or "")
+    child.wait()
+    return owner
 
 
 def test_one_holder_at_a_time_who_says_who_it_is(tmp_path):
@@ -39,8 +69,17 @@ def test_a_lock_on_a_removed_folder_holds_nobody_back(tmp_path):
     with Lock.acquire(path):
         shutil.rmtree(path.parent)
         assert not held(path)
-        with Lock.acquire(path, patience=0):
-            assert held(path)
+        with Lock.acquire(path, patience=0) as second:
+            assert held(path) and second.held
+
+
+def test_releasing_leaves_the_lock_of_whoever_came_after(tmp_path):
+    path = tmp_path / "work" / "lock"
+    first = Lock.acquire(path)
+    shutil.rmtree(path.parent)
+    with Lock.acquire(path) as second:
+        first.release()
+        assert second.held and held(path)
 
 
 def test_a_later_process_with_the_same_pid_is_not_the_owner():
@@ -57,3 +96,151 @@ def test_a_zombie_is_not_alive():
         pass
     assert not Owner(child, "x").alive()
     os.waitpid(child, 0)
+
+
+def test_no_flock_is_needed(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with Lock.acquire(tmp_path / "lock", patience=0), pytest.raises(LockHeld):
+        Lock.acquire(tmp_path / "lock", patience=0)
+
+
+def test_without_hard_links_a_lock_is_exclusive_too(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with Lock.acquire(tmp_path / "lock", patience=0), pytest.raises(LockHeld) as caught:
+        Lock.acquire(tmp_path / "lock", patience=0)
+    assert caught.value.owner == this_process()
+    Lock.acquire(tmp_path / "lock", patience=0).release()
+
+
+def test_a_holder_elsewhere_counts_as_dead_after_a_silence(tmp_path):
+    path = tmp_path / "lock"
+    file = write_lock(path, ELSEWHERE)
+    age(file, locks.STALE_SECONDS - 5)
+    assert held(path)
+    with pytest.raises(LockHeld, match="process 4711 on node-7"):
+        Lock.acquire(path, patience=0)
+    age(file, locks.STALE_SECONDS + 1)
+    assert not held(path)
+    with Lock.acquire(path, patience=0):
+        assert not file.exists(), "the stale number is taken away"
+
+
+def test_silence_is_measured_by_the_clock_of_the_file_system(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    write_lock(path, ELSEWHERE)
+    real = time.time
+    monkeypatch.setattr(locks, "_clocks", {})
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    assert held(path), "our clock is an hour ahead, and the holder is alive"
+    monkeypatch.setattr(locks, "_clocks", {})
+    age(path / "1", locks.STALE_SECONDS + 3601)
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    assert not held(path), "our clock is an hour behind, and the holder is dead"
+
+
+def test_a_holder_of_this_machine_is_never_dead_while_it_lives(tmp_path):
+    path = tmp_path / "lock"
+    with Lock.acquire(path):
+        age(next(path.glob("[0-9]*")), 10 * locks.STALE_SECONDS)
+        assert held(path), "a stopped process, say, or one on a machine that slept"
+
+
+def test_a_process_of_this_machine_that_is_gone_is_replaced_at_once(tmp_path):
+    path = tmp_path / "lock"
+    write_lock(path, gone_process(), 7)
+    assert not held(path) and holder(path) is None
+    with Lock.acquire(path, patience=0):
+        assert [entry.name for entry in path.iterdir()] == ["8"]
+
+
+def test_of_many_that_replace_a_dead_holder_one_wins(tmp_path):
+    for _ in range(20):
+        path = tmp_path / "lock"
+        write_lock(path, gone_process())
+        won: list[Lock] = []
+        start = threading.Barrier(4)
+
+        def take(path=path, won=won, start=start):
+            start.wait()
+            try:
+                won.append(Lock.acquire(path, patience=0))
+            except LockHeld:
+                return
+
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1 and won[0].held
+        won[0].release()
+        shutil.rmtree(path)
+
+
+def test_a_slow_taker_does_not_get_a_lock_that_moved_on(tmp_path, monkeypatch):
+    """It sees number 3 dead; before it makes 4, another made 4, let go of it, and a third has 1 of a new folder."""
+    path = tmp_path / "lock"
+    stale = write_lock(path, gone_process(), 3)
+    real, others = locks._make, []
+
+    def slow(file, text):
+        if file.name == "4" and not others:
+            stale.unlink()
+            others.append(write_lock(path, this_process(), 1))
+        real(file, text)
+
+    monkeypatch.setattr(locks, "_make", slow)
+    with pytest.raises(LockHeld):
+        Lock.acquire(path, patience=0)
+    assert [entry.name for entry in path.iterdir()] == ["1"]
+
+
+def test_processes_that_take_turns_never_overlap(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from posttrain.pipeline.lock import Lock\n"
+        "path, count = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "for _ in range(25):\n"
+        "    with Lock.acquire(path, patience=60):\n"
+        "        seen = int(count.read_text()); time.sleep(0.001); count.write_text(str(seen + 1))\n"
+    )
+    count = tmp_path / "count"
+    count.write_text("0")
+    command = [sys.executable, "-c", script, str(tmp_path / "lock"), str(count)]
+    for child in [subprocess.Popen(command) for _ in range(4)]:
+        assert child.wait(100) == 0
+    assert count.read_text() == "100"
+
+
+def test_a_holder_touches_its_lock_and_learns_that_it_lost_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.02)
+    lost = threading.Event()
+    lock = Lock.acquire(tmp_path / "lock", on_lost=lost.set)
+    file = next(lock.path.glob("[0-9]*"))
+    age(file, 50)
+    deadline = time.monotonic() + 5
+    while time.time() - file.stat().st_mtime > 40:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lock.require()
+    write_lock(lock.path, ELSEWHERE, int(file.name) + 1)
+    assert lost.wait(5) and lock.lost
+    with pytest.raises(StageError, match="taken over"):
+        lock.require()
+    lock.release()
+    assert holder(lock.path) == ELSEWHERE
+
+
+def test_a_lock_file_of_an_earlier_version_is_replaced(tmp_path):
+    (tmp_path / "lock").write_text('{"pid": 1, "start": "2"}')
+    with Lock.acquire(tmp_path / "lock", patience=0):
+        assert held(tmp_path / "lock")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 
 import pytest
 import torch
@@ -27,12 +28,19 @@ def _truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def test_marker_lists_every_file_with_its_size(tmp_path):
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+
+
+def test_marker_lists_every_file_with_its_size_and_checksum(tmp_path):
     path = _write(tmp_path, 3)
     marker = json.loads((path / "COMPLETE").read_text())
     assert marker["step"] == 3
     assert marker["files"] == {
-        name: (path / name).stat().st_size for name in ("model.safetensors", "optimizer.pt", "sub/state.json")
+        name: {"size": (path / name).stat().st_size, "crc32": zlib.crc32((path / name).read_bytes())}
+        for name in ("model.safetensors", "optimizer.pt", "sub/state.json")
     }
     assert checkpoints.find_problem(path) is None
 
@@ -53,6 +61,8 @@ def test_no_folder_no_checkpoint(tmp_path):
     [
         (lambda path: (path / "COMPLETE").unlink(), "half-written"),
         (lambda path: _truncate(path / "optimizer.pt"), "99 bytes instead of 100"),
+        (lambda path: _flip(path / "optimizer.pt"), "the content of optimizer.pt is not what was written"),
+        (lambda path: _flip(path / "model.safetensors"), "the content of model.safetensors"),
         (lambda path: (path / "sub" / "state.json").unlink(), "missing"),
         (lambda path: (path / "COMPLETE").write_text("{"), "cannot be read"),
         (lambda path: (path / "COMPLETE").write_text('{"files": 3}'), "cannot be read"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 # Not specialised: the number of splits follows the batch, and a program for 16 of them is no better.
@@ -47,7 +48,11 @@ def mla_decode_kernel(
     TMA: tl.constexpr,
     DENSE: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     # Blocks of heads of one row are neighbours in launch order: the second finds the latents in the L2 cache.
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     program, split = tl.program_id(0), tl.program_id(1)
@@ -110,29 +115,30 @@ def mla_decode_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def combine_parts_kernel(
-    p_parts, p_exponent, p_out, splits, R: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr
+    p_parts,
+    p_exponent,
+    p_out,
+    splits,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """COLUMNS columns of one head of one row: the parts' means weighted by 2^exponent."""
+    """COLUMNS columns of one head of one row: the means of all parts, at most SPLITS, weighted by 2^exponent."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     place = tl.program_id(0).to(tl.int64)
-    p_exponent += place * splits
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    b_most = tl.full([CHUNK], float("-inf"), tl.float32)
-    for begin in tl.range(0, splits, CHUNK):
-        b_most = tl.maximum(b_most, _exponents(p_exponent, begin + tl.arange(0, CHUNK), splits))
-    most = tl.max(b_most, axis=0)
+    split = tl.arange(0, SPLITS)
+    b_exponent = tl.load(p_exponent + place * splits + split, mask=split < splits, other=float("-inf"))
+    p_part = p_parts + (place * splits + split)[:, None] * R + column[None, :]
+    b_part = tl.load(p_part, mask=(split < splits)[:, None] & (column < R)[None, :], other=0.0).to(tl.float32)
+    most = tl.max(b_exponent, axis=0)
     # All parts empty: any finite maximum makes every weight zero instead of NaN.
-    most = tl.where(most == float("-inf"), 0.0, most)
-    b_sum = tl.zeros([CHUNK], tl.float32)
-    b_out = tl.zeros([CHUNK, COLUMNS], tl.float32)
-    for begin in tl.range(0, splits, CHUNK):
-        split = begin + tl.arange(0, CHUNK)
-        b_weight = tl.exp2(_exponents(p_exponent, split, splits) - most)
-        p_part = p_parts + (place * splits + split)[:, None] * R + column[None, :]
-        b_part = tl.load(p_part, mask=(split < splits)[:, None] & (column < R)[None, :], other=0.0)
-        b_sum += b_weight
-        b_out += b_weight[:, None] * b_part
-    divisor = tl.sum(b_sum, axis=0)
-    b_mean = tl.sum(b_out, axis=0) / tl.where(divisor > 0, divisor, 1.0)
+    b_weight = tl.exp2(b_exponent - tl.where(most == float("-inf"), 0.0, most))
+    divisor = tl.sum(b_weight, axis=0)
+    b_mean = tl.sum(b_weight[:, None] * b_part, axis=0) / tl.where(divisor > 0, divisor, 1.0)
     tl.store(p_out + place * R + column, b_mean.to(p_out.dtype.element_ty), mask=column < R)
 
 
@@ -184,8 +190,3 @@ def _step(b_q, b_q_rope, b_k, b_k_rope, valid, b_most, b_sum, b_out, scale_log2,
         b_out = b_out * b_decay[:, None]
         b_out = tl.dot(b_weights.to(b_k.dtype), b_k, b_out, input_precision="ieee")
     return b_new, b_sum, b_out
-
-
-@triton.jit
-def _exponents(p_exponent, split, splits):
-    return tl.load(p_exponent + split, mask=split < splits, other=float("-inf"))

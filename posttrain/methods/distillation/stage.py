@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from posttrain.errors import Problem, RecipeError, StageError
+from posttrain.errors import Problem, RecipeError
 from posttrain.methods.distillation.config import DistillConfig
 from posttrain.methods.distillation.estimate import cache_bytes, cache_notes, logit_copies, peak_of_both
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
@@ -43,6 +43,7 @@ class Distill(Stage):
         "teacher": InputSpec("model", doc="A frozen model with the same tokenizer; often the student's source."),
         "data": InputSpec("dataset", doc="Text to train on."),
     }
+    parallel: ClassVar[bool] = True
     outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
 
     def describe(self, cfg: DistillConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
@@ -99,6 +100,9 @@ class Distill(Stage):
         if problems:
             raise RecipeError(problems=problems)
 
+    def check_ranks(self, cfg: Any, ranks: int) -> None:
+        cfg.check_ranks(ranks)
+
     def estimate(self, cfg: DistillConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         student, teacher = inputs["student"].architecture, inputs["teacher"].architecture
         tokens = cfg.max_steps * cfg.tokens_per_step
@@ -150,8 +154,6 @@ class Distill(Stage):
         from posttrain.training.results import disk_needed, reset_peak_memory, write_history
 
         cfg: DistillConfig = ctx.config
-        if ctx.world_size > 1:
-            raise StageError("distill runs on one rank", where="engine.ranks", fix="engine.ranks=1")
         began = time.monotonic()
         source, save_dtype = ctx.inputs["student"].path, getattr(torch, cfg.save_dtype)
         tokenizer = load_tokenizer(source)
@@ -160,17 +162,24 @@ class Distill(Stage):
         student = load_model(source, device=ctx.device, dtype=torch.float32)
         reset_peak_memory(ctx.device)
         load_teacher = partial(_load_teacher, ctx, student)
-        cache = cached_teacher(ctx, cfg, blocks, load_teacher) if cfg.teacher_cache else None
+        cache = None
+        if cfg.teacher_cache:
+            ctx.first_does(lambda: cached_teacher(ctx, cfg, blocks, load_teacher) and None)
+            cache = cached_teacher(ctx, cfg, blocks, load_teacher)
         trainer = DistillTrainer(ctx, cfg, student, None if cache else load_teacher(), blocks, cache)
         needed = disk_needed(trainer.model, cfg.keep_checkpoints, cfg.save_dtype)
-        rehearse_save(ctx.work_dir, student, student.config, save_dtype, needed)
+        ctx.first_does(lambda: rehearse_save(ctx.work_dir, student, student.config, save_dtype, needed))
         history = trainer.fit()
-        shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
-        folders = {name: ctx.output_dir(name) for name in self.outputs}
-        save_model(trainer.trained().eval(), tokenizer, folders["model"], dtype=save_dtype, tokenizer_from=source)
-        write_history(folders["history"], history)
+
+        def write() -> None:
+            shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
+            trained, target = trainer.trained().eval(), ctx.output_dir("model")
+            save_model(trained, tokenizer, target, dtype=save_dtype, tokenizer_from=source)
+            write_history(ctx.output_dir("history"), history)
+
+        ctx.first_does(write)
         _record(ctx, trainer, history, blocks, time.monotonic() - began)
-        return folders
+        return {name: ctx.output_dir(name) for name in self.outputs}
 
     def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
         if name != "model":
@@ -232,7 +241,7 @@ def _record(
         seconds=seconds,
         tokens_per_second=trainer.watch.tokens_per_second,
         peak_memory_bytes=peak_memory(ctx.device),
-        micro_batch=cfg.micro_batch(),
+        micro_batch=cfg.micro_batch(ctx.world_size),
         compiled=trainer.compiles,
         recomputed_layers=trainer.activation_plan().recomputed,
         recomputed_mlps=trainer.activation_plan().recomputed_mlps,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from posttrain.errors import Problem, RecipeError, StageError
+from posttrain.errors import Problem, RecipeError
 from posttrain.methods.preference.config import PreferenceConfig
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
@@ -41,6 +41,7 @@ class Preference(Stage):
         "gate_data": InputSpec("dataset", optional=True, doc="Held-out pairs; needed unless keep=trained."),
         "gate_text": InputSpec("dataset", optional=True, doc="Held-out text whose perplexity must not rise."),
     }
+    parallel: ClassVar[bool] = True
     outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
 
     def describe(self, cfg: PreferenceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
@@ -56,6 +57,9 @@ class Preference(Stage):
         ]
         if problems:
             raise RecipeError(problems=problems)
+
+    def check_ranks(self, cfg: Any, ranks: int) -> None:
+        cfg.check_ranks(ranks)
 
     def estimate(self, cfg: PreferenceConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         arch = inputs["model"].architecture
@@ -95,9 +99,6 @@ class Preference(Stage):
     def run(self, ctx: StageContext) -> dict[str, Path]:
         from posttrain.methods.preference.gated import keep_the_better, read_gate
         from posttrain.methods.preference.train import read_training_pairs, train
-
-        if ctx.world_size > 1:
-            raise StageError("preference runs on one rank", where="engine.ranks", fix="engine.ranks=1")
         from posttrain.models.loading import load_tokenizer
         from posttrain.training.results import write_history
 
@@ -105,14 +106,18 @@ class Preference(Stage):
         tokenizer = load_tokenizer(ctx.inputs["model"].path)
         pairs = read_training_pairs(ctx, tokenizer)
         gate = read_gate(ctx, tokenizer, pairs)
-        shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
-        folders = {name: ctx.output_dir(name) for name in self.outputs}
-        history = train(ctx, tokenizer, pairs, folders["model"])
-        figures = keep_the_better(ctx, gate, folders["model"])
-        history[-1] |= figures
-        write_history(folders["history"], history)
+        # An interrupted attempt may have left parts.
+        ctx.first_does(lambda: shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True))
+        folder = ctx.output_dir("model")
+        history = train(ctx, tokenizer, pairs, folder)
+
+        def write() -> None:
+            history[-1] |= keep_the_better(ctx, gate, folder)
+            write_history(ctx.output_dir("history"), history)
+
+        ctx.first_does(write)
         ctx.record_timing(seconds=time.monotonic() - began)
-        return folders
+        return {name: ctx.output_dir(name) for name in self.outputs}
 
     def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
         if name != "model":

@@ -41,9 +41,13 @@ def train(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, f
     trainer.watch.tokens_per_step = round(pairs.tokens / len(pairs.rows) * cfg.pairs_per_step)
     save_dtype = getattr(torch, cfg.save_dtype)
     needed = disk_needed(trainer.model, cfg.keep_checkpoints, cfg.save_dtype)
-    rehearse_save(ctx.work_dir, trainer.model, model.config, save_dtype, needed)
+    ctx.first_does(lambda: rehearse_save(ctx.work_dir, trainer.model, model.config, save_dtype, needed))
     history = trainer.fit()
-    save_model(trainer.trained().eval(), tokenizer, folder, dtype=save_dtype, tokenizer_from=source)
+
+    def write() -> None:
+        save_model(trainer.trained().eval(), tokenizer, folder, dtype=save_dtype, tokenizer_from=source)
+
+    ctx.first_does(write)
     _record(ctx, trainer, history, pairs)
     return history
 
@@ -67,7 +71,7 @@ def _record(ctx: StageContext, trainer: PreferenceTrainer, history: list[dict[st
     ctx.record_timing(
         tokens_per_second=trainer.watch.tokens_per_second,
         peak_memory_bytes=peak_memory(ctx.device),
-        micro_batch=cfg.micro_batch(),
+        micro_batch=cfg.micro_batch(ctx.world_size),
         compiled=trainer.compiles,
         recomputed_layers=plan.recomputed,
         recomputed_mlps=plan.recomputed_mlps,

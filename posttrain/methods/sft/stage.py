@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from posttrain.errors import Problem, RecipeError, StageError
+from posttrain.errors import Problem, RecipeError
 from posttrain.methods.sft.config import SftConfig
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
@@ -43,6 +43,7 @@ class Sft(Stage):
         "model": InputSpec("model", doc="The model to train."),
         "data": InputSpec("dataset", doc="Rows of `messages`, of `prompt` and `completion`, or of `text`."),
     }
+    parallel: ClassVar[bool] = True
     outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
 
     def describe(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
@@ -54,6 +55,9 @@ class Sft(Stage):
         problems = [*_data_problems(cfg, inputs["data"]), *_model_problems(cfg, inputs["model"].architecture)]
         if problems:
             raise RecipeError(problems=problems)
+
+    def check_ranks(self, cfg: Any, ranks: int) -> None:
+        cfg.check_ranks(ranks)
 
     def estimate(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         arch, data = inputs["model"].architecture, inputs["data"]
@@ -98,8 +102,6 @@ class Sft(Stage):
         from posttrain.training.results import disk_needed, reset_peak_memory, write_history
 
         cfg: SftConfig = ctx.config
-        if ctx.world_size > 1:
-            raise StageError("sft runs on one rank", where="engine.ranks", fix="engine.ranks=1")
         began = time.monotonic()
         source = ctx.inputs["model"].path
         tokenizer = load_tokenizer(source)
@@ -110,14 +112,18 @@ class Sft(Stage):
         trainer = SftTrainer(ctx, cfg, model, tokenizer, sequences.rows)
         needed = disk_needed(trainer.model, cfg.keep_checkpoints, cfg.save_dtype)
         save_dtype = getattr(torch, cfg.save_dtype)
-        rehearse_save(ctx.work_dir, trainer.model, model.config, save_dtype, needed)
+        ctx.first_does(lambda: rehearse_save(ctx.work_dir, trainer.model, model.config, save_dtype, needed))
         history = trainer.fit()
-        shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
-        folders = {name: ctx.output_dir(name) for name in self.outputs}
-        save_model(trainer.trained().eval(), tokenizer, folders["model"], dtype=save_dtype, tokenizer_from=source)
-        write_history(folders["history"], history)
+
+        def write() -> None:
+            shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
+            trained, target = trainer.trained().eval(), ctx.output_dir("model")
+            save_model(trained, tokenizer, target, dtype=save_dtype, tokenizer_from=source)
+            write_history(ctx.output_dir("history"), history)
+
+        ctx.first_does(write)
         _record(ctx, trainer, history, sequences, time.monotonic() - began)
-        return folders
+        return {name: ctx.output_dir(name) for name in self.outputs}
 
     def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
         if name != "model":
@@ -177,7 +183,7 @@ def _record(
         seconds=seconds,
         tokens_per_second=trainer.watch.tokens_per_second,
         peak_memory_bytes=peak_memory(ctx.device),
-        micro_batch=cfg.micro_batch(),
+        micro_batch=cfg.micro_batch(ctx.world_size),
         compiled=trainer.compiles,
         recomputed_layers=plan.recomputed,
         recomputed_mlps=plan.recomputed_mlps,

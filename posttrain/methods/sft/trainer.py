@@ -55,4 +55,5 @@ class SftTrainer(TrlStageTrainer, trl.SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """TRL divides each micro-batch's sum by it: the tokens that are learnt in the whole step."""
-        return label_tokens(batch_samples, device)
+        mine = label_tokens(batch_samples, device)
+        return mine if self.ctx.world_size == 1 else self.accelerator.reduce(mine, reduction="sum")

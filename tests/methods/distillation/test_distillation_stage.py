@@ -321,13 +321,6 @@ def test_progress_and_metrics_are_reported(context):
     assert ctx.timing["tokens_per_second"] > 0 and ctx.timing["peak_memory_bytes"] > 0
 
 
-def test_several_ranks_are_refused(context):
-    ctx = context()
-    ctx.world_size = 2
-    with pytest.raises(StageError, match="one rank"):
-        STAGE.run(ctx)
-
-
 def test_order_is_a_permutation_per_epoch_and_depends_on_the_seed():
     from posttrain.methods.distillation.data import OrderedBlocks
 

@@ -1,0 +1,89 @@
+"""One rank of a stage on several (`python -m posttrain.launch.rank WORKDIR`, started by `ranks.run_ranks`).
+
+Rank 0 reports progress and leaves `computed.json` or the reason of a failure in the work folder; the worker that owns
+the ranks checks, seals and publishes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+from posttrain.errors import EXIT_DONE, EXIT_FAILED, PosttrainError, StopRequested
+from posttrain.launch.job import Job, describe_failure
+from posttrain.pipeline.disk import free_reserve
+from posttrain.pipeline.files import write_json
+
+COMPUTED = "computed.json"
+RANKS = "ranks"
+"""What ranks leave in the work folder: rank 0 its result, and each that fails a file in the folder `ranks`."""
+LONGEST_WAIT = timedelta(hours=12)
+"""For a collective operation: one rank may do something alone for long, and a dead one is seen by the launcher."""
+
+
+def main(work_dir: Path) -> int:
+    """Run this rank's part; the exit code is 0 when it is done or has stopped, else 1."""
+    _die_with_parent()
+    import torch
+    import torch.distributed as dist
+
+    from posttrain.launch.agreement import agree
+    from posttrain.launch.execute import compute, make_context, prepare_process
+
+    rank, local_rank, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    job = Job.read(work_dir)
+    try:
+        device = prepare_process(job.seed, job.device)
+        if device == "cuda":
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=LONGEST_WAIT)
+        context = make_context(job, work_dir, device, rank=rank, world_size=world, agree=agree)
+        computed = compute(job, context)
+        # Ranks that came out of step would have hung or failed before; this one waits for their last writes.
+        dist.barrier()
+        if rank == 0:
+            write_json(work_dir / COMPUTED, {"status": "done", **computed.to_json()})
+    except StopRequested as stop:
+        if rank == 0:
+            write_json(work_dir / COMPUTED, {"status": "stopped", "step": stop.step})
+    except (PosttrainError, Exception) as error:
+        traceback.print_exc()
+        free_reserve(work_dir)
+        (work_dir / RANKS).mkdir(exist_ok=True)
+        failure = {"rank": rank, "time": time.time(), **describe_failure(error, work_dir)}
+        write_json(work_dir / RANKS / f"failure_{rank}.json", failure)
+        # No goodbye to the others: they may be waiting for this rank in an operation that cannot end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED)
+    dist.destroy_process_group()
+    return EXIT_DONE
+
+
+def _die_with_parent() -> None:
+    """End at once when the worker is gone: a rank must never write beside the worker of the next attempt."""
+    # torchrun's own handling of signals is not ours: SIGTERM ends a rank even inside an operation that never returns.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        pass  # not Linux: the thread below looks
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
