@@ -4,16 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Composition needs no torch, so that another version of Hydra is tried in a small environment of its own.
+NEXT := .venv-hydra-next
+NEXT_STAMP := $(NEXT)/.installed
+NEXT_PACKAGES := hydra-core omegaconf pydantic typer rich pyyaml jinja2 psutil \
+  pytest pytest-timeout pytest-xdist hypothesis
+COMPOSED := $(NEXT)/composed.json
+
 # Variants of the step that `make bench MODEL=…` measures: what one would write, then ours as it is and leaner.
 BF16 := teacher_dtype=bfloat16
 STEPS := stock:$(BF16) stock:compile=model,$(BF16) ours:$(BF16) \
   ours:$(BF16),logits_dtype=bfloat16,activation_budget_gib=4.4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench lint format clean
+.PHONY: help setup demo test test-hydra-next test-gpu bench lint format clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +35,19 @@ demo: $(STAMP) ## Upcycle SmolLM2-135M to MLA, distil it and write the report (a
 
 test: $(STAMP) ## Run the tests (under ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Without conftest.py, whose fixtures are for tests that have torch.
+test-hydra-next: $(STAMP) $(NEXT_STAMP) ## Compose everything that is shipped on the pre-release of Hydra too (under a minute)
+	PYTHONPATH=. $(BIN)/python scripts/composed.py --out $(COMPOSED)
+	PYTHONPATH=. $(NEXT)/bin/python scripts/composed.py --same-as $(COMPOSED)
+	$(NEXT)/bin/python -m pytest -n 2 --noconftest tests/recipes/test_all_yaml.py tests/config
+
+$(NEXT_STAMP): constraints-hydra-next.txt
+	@rm -rf $(NEXT)
+	$(PYTHON) -m venv $(NEXT)
+	@$(NEXT)/bin/python -m pip install -q --disable-pip-version-check $(NEXT_PACKAGES) -c $< \
+	  || { echo 'test-hydra-next: NOT RUN: the versions of $< cannot be installed (see above; no network?)' >&2; exit 1; }
+	@touch $@
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device (without one they are skipped)
 	$(BIN)/python -m pytest -m gpu
@@ -48,5 +68,5 @@ format: $(STAMP) ## Put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+clean: ## Remove the environments and caches; outputs/ stays
+	rm -rf $(VENV) $(NEXT) .pytest_cache .ruff_cache build *.egg-info

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "launch": {"pipeline", "config", "models"},
     "pipeline": {"config", "launch", "report"},
     "config": {"pipeline"},
-    "methods": {"training", "generation", "models", "data", "pipeline"},
+    "methods": {"training", "generation", "models", "data", "pipeline", "report"},
     "generation": {"models", "pipeline"},
     "training": {"models", "data", "pipeline"},
     "data": {"models", "pipeline"},

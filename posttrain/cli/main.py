@@ -25,6 +25,7 @@ COMMANDS = {
     "resume": "resume",
     "cancel": "cancel",
     "report": "report",
+    "card": "card",
     "chat": "chat",
     "export": "export",
     "list": "list_",

@@ -182,11 +182,12 @@ def _as_hydra_1_3() -> Iterator[None]:
     """Hydra's rules of version 1.3 within, whatever the surrounding program chose for its own."""
     base = version.VersionBase.instance()
     before = base.version_base
-    version.setbase("1.3")
     try:
         with warnings.catch_warnings():
-            # A recipe without `_self_` means "at the end", as Hydra itself takes it.
+            # A recipe without `_self_` means "at the end", as Hydra itself takes it; and Hydra 1.4, which has these
+            # rules alone, warns of being asked for them.
             warnings.simplefilter("ignore", UserWarning)
+            version.setbase("1.3")
             yield
     finally:
         base.version_base = before

@@ -64,6 +64,10 @@ class Origins:
         for key, item in _items(value):
             self._write((*path, key), item, origin)
 
+    def choice(self, path: KeyPath) -> str | None:
+        """The group choice that filled the section around that key, as written; None for the recipe's own."""
+        return next((where for section, where in self._choices.items() if path[: len(section)] == section), None)
+
     def exact(self, path: KeyPath) -> Origin | None:
         """Where exactly that key was written, None for a default."""
         return self._build().get(path)

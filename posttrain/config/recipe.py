@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
     from posttrain.config.compose import Composition, Repository
+    from posttrain.config.deviations import Deviation
     from posttrain.config.overrides import Argument, Sorted
     from posttrain.pipeline.stage import StageConfig
 
@@ -35,6 +37,7 @@ class ResolvedRecipe:
         scale: the scale chosen by `scale=NAME`, already applied.
         frame: everything but the stages' settings.
         stages: settings by stage name, sources first under "model", "models.X", "data", "datasets.X".
+        deviations: what differs from the recipe without scale and overrides; None where that is no complete recipe.
     """
 
     recipe: str
@@ -44,11 +47,31 @@ class ResolvedRecipe:
     frame: Frame
     stages: dict[str, StageConfig]
     _origins: Origins = field(default_factory=Origins, repr=False, compare=False)
+    _deviations: Callable[[ResolvedRecipe], list[Deviation] | None] = field(
+        default=lambda _: [], repr=False, compare=False
+    )
+
+    @cached_property
+    def deviations(self) -> list[Deviation] | None:
+        # Composed at the first question: of the commands only a run that starts asks.
+        return self._deviations(self)
 
     @property
     def origins(self) -> Mapping[str, str]:
         """Dotted key to where it was written; keys that are defaults are not in it."""
         return self._origins.shown()
+
+    def account(self) -> dict[str, Any]:
+        """What a reader of a run or an artifact is told of the recipe: name, words, scale, overrides, deviations."""
+        frame, differs = self.frame, self.deviations
+        return {
+            "recipe": self.recipe,
+            "description": frame.description,
+            "paper": None if frame.paper is None else frame.paper.model_dump(mode="json"),
+            "scale": self.scale,
+            "overrides": list(self.overrides),
+            "deviations": None if differs is None else [one.to_json() for one in differs],
+        }
 
     def document(self) -> dict[str, Any]:
         """The recipe with every default filled in, as a plain mapping that `validate_mapping` accepts."""
@@ -67,9 +90,10 @@ class ResolvedRecipe:
         return found
 
     def to_yaml(self) -> str:
-        """`document()` as YAML with the recipe's name, scale and overrides in `resolved`; `load_resolved` reads it."""
-        head = {"resolved": {"recipe": self.recipe, "scale": self.scale, "overrides": list(self.overrides)}}
-        return dump_yaml(head | self.document())
+        """`document()` as YAML, with name, scale, overrides and deviations in `resolved`; `load_resolved` reads it."""
+        head = {"recipe": self.recipe, "scale": self.scale, "overrides": list(self.overrides)}
+        differs = None if self.deviations is None else [one.to_json() for one in self.deviations]
+        return dump_yaml({"resolved": head | {"deviations": differs}} | self.document())
 
 
 def dump_yaml(value: Any) -> str:
@@ -147,7 +171,25 @@ class _Loading:
             frame=checked.frame,
             stages=checked.stages,
             _origins=origins,
+            _deviations=lambda run: self._deviations(run, origins),
         )
+
+    def _deviations(self, run: ResolvedRecipe, origins: Origins) -> list[Deviation] | None:
+        from posttrain.config import interpolation
+        from posttrain.config.deviations import deviations
+
+        if not self.overrides:
+            return []
+        try:
+            composition, _ = self._compose([])
+            own = Origins(composition.parts, shown=self.repository.shown)
+            data, unresolved = interpolation.resolve(composition.data, own)
+            checked = Checker(data, own).check()
+        except RecipeError:
+            return None
+        if unresolved or checked.problems:
+            return None
+        return deviations(replace(run, frame=checked.frame, stages=checked.stages), run, origins)
 
     def _compose(self, arguments: list[Argument]) -> tuple[Composition, Sorted]:
         """The composition with those overrides, and the overrides by what they did, with the problems of some."""
@@ -236,4 +278,16 @@ def _checked(data: dict[str, Any], origins: Origins, name: str, head: Mapping[st
     if checked.problems:
         raise RecipeError(problems=checked.problems)
     overrides = tuple(str(text) for text in head.get("overrides", ()))
-    return ResolvedRecipe(name, None, overrides, head.get("scale"), checked.frame, checked.stages, origins)
+    recorded = _read_deviations(head.get("deviations", [] if not head else None))
+    found = (name, None, overrides, head.get("scale"), checked.frame, checked.stages, origins)
+    return ResolvedRecipe(*found, _deviations=lambda _: recorded)
+
+
+def _read_deviations(recorded: Any) -> list[Deviation] | None:
+    """What `to_yaml` wrote of them; None where it wrote none, such as an older version."""
+    from posttrain.config.deviations import Deviation
+
+    try:
+        return [Deviation(**one) for one in recorded]
+    except TypeError:
+        return None

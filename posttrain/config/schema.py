@@ -95,10 +95,22 @@ class Debug(Section):
     )
 
 
+class Paper(Section):
+    """The publication that a recipe follows, and where it does not. Words for readers: nothing is computed from it."""
+
+    title: str = Field(min_length=1, description="Title of the publication.")
+    link: str = Field(min_length=1, description="Where to read it.")
+    differs: list[str] = Field(
+        default_factory=list,
+        description="What the recipe's own full-scale settings do otherwise than the publication, a sentence each.",
+    )
+
+
 class Frame(Section):
     """A whole recipe, with the stages and sources as plain mappings; those are checked by their own types."""
 
     description: str = Field("", description="What the recipe does, in a sentence.")
+    paper: Paper | None = Field(None, description="The publication that the recipe follows, and where it does not.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every stage's random numbers.")
     run: Run = Field(default_factory=Run, description="This run.")
     paths: Paths = Field(default_factory=Paths, description="Where results go.")

@@ -16,6 +16,7 @@ from typing import Any
 from posttrain.config import registry
 from posttrain.errors import DamagedInputs, PosttrainError, RecipeError, StageError
 from posttrain.launch.job import Job, clear_work
+from posttrain.launch.source_code import SourceCode, source_code
 from posttrain.pipeline.context import InputArtifact, StageContext
 from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.files import list_files, remove_tree
@@ -59,7 +60,7 @@ def execute_job(job: Job, work_dir: Path, lock: Lock | None = None) -> Artifact:
     if sealed(work_dir):
         return publish(work_dir, Path(job.target))
     stage = registry.stage(job.type)
-    started = time.time()
+    started, code = time.time(), source_code()
     clear_leftovers(work_dir)
     check_external(stage, job, work_dir)
     check_inputs(job)
@@ -74,7 +75,7 @@ def execute_job(job: Job, work_dir: Path, lock: Lock | None = None) -> Artifact:
     check_result(job.stage, computed.result)
     _check_outputs(stage, computed.outputs, work_dir)
     metas = {name: _measure(stage, job, name, computed.outputs[name]) for name in stage.outputs}
-    seal(work_dir, make_manifest(job, stage, computed, metas, started))
+    seal(work_dir, make_manifest(job, stage, computed, metas, started, code), code.diff)
     if lock is not None:
         lock.require()
     return publish(work_dir, Path(job.target))
@@ -278,9 +279,9 @@ def _check_prediction(stage: str, name: str, predicted: ArtifactMeta, measured: 
 
 
 def make_manifest(
-    job: Job, stage: Stage, computed: Computed, metas: Mapping[str, ArtifactMeta], started: float
+    job: Job, stage: Stage, computed: Computed, metas: Mapping[str, ArtifactMeta], started: float, code: SourceCode
 ) -> dict[str, Any]:
-    """The manifest but for the files' digests and its own, which `seal` adds."""
+    """The manifest but for the files' digests and its own, which `seal` adds. `code`: as it was at the start."""
     finished = time.time()
     return {
         "format": 1,
@@ -291,6 +292,7 @@ def make_manifest(
         "key_document": job.document,
         "config": job.config,
         "seed": job.seed,
+        "recipe": job.recipe,
         "inputs": {
             name: {"reference": one["reference"], "key": one["key"], "output": one["output"]}
             for name, one in job.inputs.items()
@@ -299,7 +301,7 @@ def make_manifest(
         "metrics": {"result": _plain(computed.result), "timing": _plain(computed.timing)},
         "estimate": job.estimate,
         "versions": _versions(),
-        "git": _git(),
+        "git": code.entry | ({} if source_code().entry == code.entry else {"changed_meanwhile": True}),
         "host": computed.host,
         "engine": {**job.environment, "device": computed.device, "ranks": job.ranks, "threads": computed.threads},
         "started": started,
@@ -336,24 +338,6 @@ def _versions() -> dict[str, str]:
 
 def _has_version(name: str) -> bool:
     return hasattr(sys.modules.get(name), "__version__")
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the checkout that the code runs from, None outside one."""
-    import subprocess
-
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root)]
-    try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changed = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())}
 
 
 def _host(device: str) -> dict[str, Any]:

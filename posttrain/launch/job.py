@@ -31,6 +31,7 @@ class Job:
         debug: the recipe's debug section.
         profile: folder for profiles of training steps; None: none are taken.
         environment: recorded in the manifest (engine section of the recipe).
+        recipe: recorded in the manifest (`ResolvedRecipe.account` and the run's name).
     """
 
     stage: str
@@ -53,6 +54,7 @@ class Job:
     debug: dict[str, Any] = field(default_factory=dict)
     profile: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def write(self, work_dir: Path) -> None:
         work_dir.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
+from posttrain.pipeline.stage import NOT_IN_KEY, ONLY_SAID, StageConfig
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -34,6 +34,7 @@ class ModelSourceConfig(StageConfig):
 
     ignored_with_path: ClassVar[tuple[str, ...]] = (
         "label",
+        "licence",
         "hub",
         "revision",
         "package",
@@ -47,6 +48,11 @@ class ModelSourceConfig(StageConfig):
     type: Literal["model_source"] = "model_source"
     label: str | None = Field(
         None, description="Name in tables and reports; default: what it comes from.", json_schema_extra=NOT_IN_KEY
+    )
+    licence: str | None = Field(
+        None,
+        description="Licence for model cards, as the hub spells it; a README.md beside the model is believed first.",
+        json_schema_extra=ONLY_SAID,
     )
     path: str | None = Field(
         None,

@@ -20,6 +20,7 @@ _OLDER_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
 """Files in which older exports of the supported families keep their tokenizer."""
 _TOKENIZER_DIGEST = "tokenizer-1"
 """Changed when `_digest_tokenizer` would give another digest of the same file."""
+_README_HEAD = 16_384
 _STATE_OF_LAST_CALL = ("padding", "truncation")
 _LIBRARY_DEFAULTS = {
     "use_regex": True,
@@ -94,6 +95,26 @@ def chat_template_digest(folder: str | Path) -> str | None:
     if isinstance(template, list):
         template = next((item["template"] for item in template if item.get("name") == "default"), None)
     return _sha(template) if template else None
+
+
+def stated_licence(folder: str | Path | None) -> str | None:
+    """The `license` in the head of a model folder's README.md, as the hub's model cards have it; None without one."""
+    readme = Path(folder or "") / "README.md"
+    if folder is None or not readme.is_file():
+        return None
+    import yaml
+
+    with readme.open(encoding="utf-8", errors="replace") as file:
+        text = "\n" + file.read(_README_HEAD)
+    opening, _, rest = text.partition("\n---\n")
+    if opening.strip():
+        return None
+    try:
+        found = yaml.safe_load(rest.partition("\n---")[0])
+    except yaml.YAMLError:
+        return None
+    licence = found.get("license_name") or found.get("license") if isinstance(found, dict) else None
+    return licence if isinstance(licence, str) else None
 
 
 def check_model_folder(folder: str | Path) -> None:

@@ -18,6 +18,7 @@ from posttrain.models.inspect import (
     model_meta,
     needs_sentencepiece,
     read_architecture,
+    stated_licence,
 )
 from posttrain.models.sources import converted, hub
 from posttrain.models.sources.files import model_files, place
@@ -56,8 +57,10 @@ class ModelSource(Stage):
         return False
 
     def describe(self, cfg: ModelSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
-        extra = {"label": cfg.name, "dtype": cfg.stored_dtype, "source": cfg.kind}
         folder = _known_folder(cfg)
+        extra = {"label": cfg.name, "dtype": cfg.stored_dtype, "source": cfg.kind}
+        if (licence := stated_licence(folder) or (None if cfg.kind == "path" else cfg.licence)) is not None:
+            extra["licence"] = licence
         if folder is not None:
             meta = model_meta(folder)
             found = {name: value for name, value in extra.items() if value is not None}

@@ -306,6 +306,7 @@ class Execution:
             debug=debug.model_dump(mode="json"),
             profile=str(self.run_dir.path / "profile" / planned.name) if debug.profile_steps else None,
             environment=engine.model_dump(mode="json"),
+            recipe={**self.plan.resolved.account(), "run": self.run_dir.name},
         )
 
     def _tracker(self) -> dict[str, Any] | None:
@@ -403,7 +404,7 @@ class Execution:
     def _report_inputs(self) -> str:
         """Digest of what the report is made of: the run's facts and the artifacts there are, of whichever run."""
         resolved = self.plan.resolved
-        facts = [resolved.recipe, resolved.frame.description, list(resolved.overrides), resolved.frame.seed]
+        facts = [resolved.account(), resolved.frame.seed]
         artifacts = {name: artifact.manifest["sha256"] for name, artifact in self.finished.items()}
         stages = [[planned.name, planned.key, artifacts.get(planned.name)] for planned in self.plan.stages]
         return digest([self.run_dir.name, facts, stages])
@@ -436,10 +437,8 @@ def make_record(plan: Plan, created: float) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "name": plan.run_name,
-        "recipe": resolved.recipe,
         "recipe_digest": plan.recipe_digest,
-        "description": resolved.frame.description,
-        "overrides": list(resolved.overrides),
+        **resolved.account(),
         "created": created,
         "cwd": str(Path.cwd()),
         "seed": resolved.frame.seed,

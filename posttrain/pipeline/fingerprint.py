@@ -141,6 +141,16 @@ def digest_path(path: Path | str) -> str:
     return digest([[name, entry["size"], entry["sha256"]] for name, entry in fresh.items()])
 
 
+def digest_files(root: Path, files: Mapping[str, Path], purpose: str) -> str:
+    """SHA-256 of some files, by name and content, cached as in `digest_path`; `purpose` tells this choice from others.
+
+    Raises:
+        RecipeError: a file cannot be read.
+    """
+    fresh = _cached_digests(root, dict(sorted(files.items())), hash_file, purpose)
+    return digest([[name, entry["size"], entry["sha256"]] for name, entry in fresh.items()])
+
+
 def digest_by(file: Path, compute: Callable[[Path], str], name: str) -> str:
     """`compute(file)`, cached as in `digest_path`; `name` sets it apart and changes when `compute` does.
 

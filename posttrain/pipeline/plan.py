@@ -178,7 +178,7 @@ def check_run_name(name: str) -> None:
 def digest_of_recipe(resolved: ResolvedRecipe, graph: Graph) -> str:
     """SHA-256 of what the recipe computes and on which engine: not its run's name, paths, launcher or tracker."""
     frame = resolved.frame.model_dump(mode="json", include={"seed", "engine"})
-    stages = {name: graph.stages[name][1].model_dump(mode="json") for name in sorted(graph.stages)}
+    stages = {name: graph.stages[name][1].digest_fields() for name in sorted(graph.stages)}
     return digest({"recipe": resolved.recipe, "frame": frame, "stages": stages})
 
 

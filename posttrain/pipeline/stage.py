@@ -21,6 +21,9 @@ ARTIFACT_TYPES = ("model", "dataset", "evaluation", "history", "conversion", "ce
 NOT_IN_KEY = {"key": False}
 """`Field(json_schema_extra=NOT_IN_KEY)` marks a setting that says how the work is done, not what is computed."""
 
+ONLY_SAID = {"key": False, "digest": False}
+"""Marks a field for readers: it is neither in the key nor in the digest that names a run."""
+
 
 class StageConfig(BaseModel):
     """Base of every stage's settings, which stand beside `type` and `inputs`; defaults live only here, not in YAML."""
@@ -37,12 +40,15 @@ class StageConfig(BaseModel):
 
     def key_fields(self) -> dict[str, Any]:
         """The JSON-able settings that enter the fingerprint: all but `inputs` and those marked `NOT_IN_KEY`."""
-        skip = {"inputs"} | {
-            name
-            for name, info in type(self).model_fields.items()
-            if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("key") is False
-        }
-        return self.model_dump(mode="json", exclude=skip)
+        return self.model_dump(mode="json", exclude={"inputs"} | self._marked("key"))
+
+    def digest_fields(self) -> dict[str, Any]:
+        """The settings that enter the recipe's digest: all but those marked `ONLY_SAID`."""
+        return self.model_dump(mode="json", exclude=self._marked("digest"))
+
+    def _marked(self, mark: str) -> set[str]:
+        extras = ((name, info.json_schema_extra) for name, info in type(self).model_fields.items())
+        return {name for name, extra in extras if isinstance(extra, dict) and extra.get(mark) is False}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The artifact store: one immutable folder a key, whose manifest is written last. No manifest, no artifact.
 
-`<root>/<stage type>/<key>/` holds a folder per output and `manifest.json`. Work goes on in `.work-<key>` beside it;
-finalising seals `.work-<key>/outputs` (hash, fsync, manifest) and renames it into place, so that a crash at any moment
-leaves either a work folder that can be resumed or a complete artifact. `.old-<key>` is an artifact that a forced rerun
-has set aside; `.stale-<key>` is one whose inputs were replaced by such a rerun; `.damaged-<key>` is one whose files are
-not what they were.
+`<root>/<stage type>/<key>/` holds a folder per output, `manifest.json` and, where the code was changed, `code.diff`.
+Work goes on in `.work-<key>` beside it; finalising seals `.work-<key>/outputs` (hash, fsync, manifest) and renames it
+into place, so that a crash at any moment leaves either a work folder that can be resumed or a complete artifact.
+`.old-<key>` is an artifact that a forced rerun has set aside; `.stale-<key>` is one whose inputs were replaced by such
+a rerun; `.damaged-<key>` is one whose files are not what they were.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from posttrain.pipeline.stage import ArtifactMeta
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CODE_DIFF = "code.diff"
+"""Beside a manifest: how the code that made the artifact differed from the commit the manifest names."""
 REQUIRED_FILES = {
     "model": ("config.json",),
     "dataset": ("rows.jsonl", "dataset.json"),
@@ -167,24 +169,29 @@ def _digest_or_none(manifest: Mapping[str, Any]) -> str | None:
         return None
 
 
-def seal(work_dir: Path, manifest: Mapping[str, Any]) -> None:
+def seal(work_dir: Path, manifest: Mapping[str, Any], code_diff: bytes | None = None) -> None:
     """Turn `work_dir/outputs` into an artifact in all but its place.
 
-    `manifest["outputs"]` holds type and meta of every declared output; the files' digests are added here.
+    `manifest["outputs"]` holds type and meta of every declared output; the files' digests are added here. `code_diff`
+    is kept beside the manifest, whose `beside` has its digest.
 
     Raises:
         StageError: an output is missing, empty, undeclared, holds links, or lacks a file its type requires.
     """
     outputs = work_dir / "outputs"
-    (outputs / MANIFEST).unlink(missing_ok=True)
+    for name in (MANIFEST, CODE_DIFF):
+        (outputs / name).unlink(missing_ok=True)
     declared = manifest["outputs"]
     _check_declared(outputs, declared)
     files = {name: _hash_output(outputs / name, name, declared[name]["type"]) for name in declared}
-    _sync_tree(outputs)
     complete = {
         **manifest,
         "outputs": {name: {**declared[name], "files": files[name]} for name in declared},
     }
+    if code_diff is not None:
+        (outputs / CODE_DIFF).write_bytes(code_diff)
+        complete["beside"] = {CODE_DIFF: {"sha256": hash_file(outputs / CODE_DIFF), "size": len(code_diff)}}
+    _sync_tree(outputs)
     write_json(outputs / MANIFEST, {**complete, "sha256": manifest_digest(complete)})
 
 
@@ -258,14 +265,19 @@ def verify(folder: Path) -> list[str]:
     """Re-hash an artifact's files; one line for every one that is changed, missing or extra, none when all is well."""
     lines = damage(folder)
     try:
-        expected = _expected(read_artifact(folder))
+        artifact = read_artifact(folder)
     except RecipeError:
         return lines
-    return lines + [f"extra: {name}" for name in list_files(folder) if name != MANIFEST and name not in expected]
+    beside = artifact.manifest.get("beside", {})
+    known = {MANIFEST, *_expected(artifact), *beside}
+    extra = [f"extra: {name}" for name in list_files(folder) if name not in known]
+    return [*lines, *_wrong(folder, beside, content=True), *extra]
 
 
 def damage(folder: Path, output: str | None = None, *, content: bool = True) -> list[str]:
-    """What is changed or missing of an artifact, or of one of its outputs; none when all is well.
+    """What is changed or missing of an artifact's outputs, or of one of them; none when all is well.
+
+    What only lies beside the manifest is no output: a model is not made again for want of its `code.diff`.
 
     Args:
         content: hash the files; else only look at their sizes, which costs nothing and finds those cut short.
@@ -275,6 +287,10 @@ def damage(folder: Path, output: str | None = None, *, content: bool = True) -> 
     except RecipeError as error:
         return [error.problems[0].what]
     expected = {name: fact for name, fact in _expected(artifact).items() if output in (None, name.partition("/")[0])}
+    return _wrong(folder, expected, content=content)
+
+
+def _wrong(folder: Path, expected: Mapping[str, Mapping[str, Any]], *, content: bool) -> list[str]:
     wrong, to_hash = {}, []
     for name, fact in expected.items():
         try:

@@ -1,4 +1,4 @@
-"""The report of a run: `report.md` and one self-contained `report.html`, from the files of the run alone."""
+"""The report of a run: `report.md`, one self-contained `report.html` and a card a model, from the run's files alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def build(run_dir: Path) -> Path:
-    """Write `report.md`, `report_files/*.png` and `report.html` into the run folder; the path of the HTML.
+    """Write `report.md`, `report_files/*.png`, `report.html` and `cards/*` into the run folder; the path of the HTML.
 
     Works for runs that failed or were stopped, too. Nothing is written when the report on disk was made from the same
     inputs. Raises RecipeError when the folder is not a run's.

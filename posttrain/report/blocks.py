@@ -49,6 +49,7 @@ class Figure:
 @dataclass(frozen=True)
 class Code:
     text: str
+    language: str = "sh"
 
 
 @dataclass(frozen=True)

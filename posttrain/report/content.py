@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from posttrain.report import facts, plots
+from posttrain.report import card, card_text, cards, facts, plots
 from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Node, Notice, Sample, Table, Text
 from posttrain.report.facts import Row
 from posttrain.report.gates import gates
@@ -32,6 +32,7 @@ def content(run: RunRecord) -> list[Block]:
         _estimates,
         _stages,
         _inputs,
+        _deviations,
         _environment,
         _reproduce,
         limits,
@@ -301,14 +302,14 @@ def _inputs(run: RunRecord) -> Iterator[Block]:
     rows = [
         [
             name,
-            str(card.get("name", NONE)),
-            str(card.get("split", NONE)),
-            whole(card.get("rows")),
-            byte_size(card.get("bytes")),
-            str(card.get("licence") or NONE),
-            str(card.get("sha256", NONE)),
+            str(data.get("name", NONE)),
+            str(data.get("split", NONE)),
+            whole(data.get("rows")),
+            byte_size(data.get("bytes")),
+            str(data.get("licence") or NONE),
+            str(data.get("sha256", NONE)),
         ]
-        for name, card in facts.datasets(run)
+        for name, data in facts.datasets(run)
     ]
     models = [
         f"{stage.name}: {facts.model_label(run, stage.name)}"
@@ -321,6 +322,11 @@ def _inputs(run: RunRecord) -> Iterator[Block]:
         yield Bullets(models)
     if rows:
         yield Table(["data", "name", "split", "documents", "size", "licence", "SHA-256 of rows.jsonl"], rows)
+
+
+def _deviations(run: RunRecord) -> Iterator[Block]:
+    """Runs of an older posttrain have not recorded it."""
+    return card_text.deviations(card.recipe(run)) if run.told else iter(())
 
 
 def _environment(run: RunRecord) -> Iterator[Block]:
@@ -336,8 +342,10 @@ def _environment(run: RunRecord) -> Iterator[Block]:
 def _environment_line(manifest: dict[str, Any]) -> str:
     parts = []
     for name in ("host", "engine", "git", "versions"):
-        value = manifest.get(name)
-        if isinstance(value, dict):
+        value: Any = manifest.get(name)
+        if name == "git":
+            value = card_text.code_line(value)
+        elif isinstance(value, dict):
             value = ", ".join(
                 f"{key} {_short(item)}" for key, item in sorted(value.items()) if item not in (None, "", {})
             )
@@ -353,6 +361,8 @@ def _reproduce(run: RunRecord) -> Iterator[Block]:
     commits = sorted({str(commit) for stage in run.stages if (commit := _commit(stage))})
     at = f" Code at commit {', '.join(commits)}." if commits else ""
     yield Text(f"Seed {run.seed}.{at} The resolved recipe is in recipe.yaml beside this report.")
+    if named := list(cards.files(run)):
+        yield Text(f"Model cards: {', '.join(f'{cards.FOLDER}/{name}.md' for name in named)}.")
 
 
 def _commit(stage: StageRecord) -> str | None:

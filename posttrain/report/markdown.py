@@ -26,8 +26,8 @@ def _block(block: Block) -> str:
             return _table(header, rows)
         case Figure(panels, caption):
             return "\n".join(f"![{name}]({FILES}/{name}.png)" for name, _ in panels) + f"\n\n*{_escape(caption)}*"
-        case Code(text):
-            return f"```sh\n{text}\n```"
+        case Code(text, language):
+            return f"```{language}\n{text}\n```"
         case Sample(prompt, answers):
             return f"**{_escape(prompt)}**\n\n" + _table(["model", "answer"], [list(answer) for answer in answers])
         case Graph(nodes):

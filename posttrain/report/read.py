@@ -27,7 +27,7 @@ class StageRecord:
     key: str
     inputs: dict[str, Json]
     status: str
-    """done | failed | stopped | running | pending"""
+    """done | failed | stopped | running | pending | gone (known by its key alone)"""
     message: str = ""
     manifest: Json | None = None
     folder: Path | None = None
@@ -61,7 +61,13 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run and its stages in execution order."""
+    """A run and its stages in execution order.
+
+    Attributes:
+        scale, overrides: as typed. paper: the recipe's section, None without one.
+        deviations: settings that differ from the recipe without scale and overrides; None where they are not known.
+        told: whether scale, overrides and paper were recorded at all.
+    """
 
     folder: Path
     name: str
@@ -70,6 +76,10 @@ class RunRecord:
     overrides: list[str]
     seed: int
     stages: list[StageRecord]
+    scale: str | None = None
+    paper: Json | None = None
+    deviations: list[Json] | None = None
+    told: bool = True
 
     @property
     def status(self) -> str:
@@ -81,7 +91,8 @@ class RunRecord:
 
     def digest(self) -> str:
         """SHA-256 of everything the report is made of: the run's facts, the manifests, and this package's code."""
-        facts = [self.name, self.recipe, self.description, self.overrides, self.seed]
+        facts: list[Any] = [self.name, self.recipe, self.description, self.overrides, self.seed]
+        facts += [self.scale, self.paper, self.deviations]
         facts += [[s.name, s.type, s.key, s.inputs, s.status, s.message, s.manifest, s.history] for s in self.stages]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for source in sorted(Path(__file__).parent.iterdir()):
@@ -103,6 +114,10 @@ def read_run(run_dir: Path) -> RunRecord:
         overrides=list(document.get("overrides") or []),
         seed=document.get("seed", 0),
         stages=[_read_stage(entry, run.outputs, events) for entry in document["stages"]],
+        scale=document.get("scale"),
+        paper=document.get("paper"),
+        deviations=document.get("deviations"),
+        told="scale" in document,
     )
 
 

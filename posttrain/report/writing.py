@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.pipeline.files import write_text
-from posttrain.report import html, markdown
+from posttrain.report import cards, html, markdown
 from posttrain.report.blocks import Block, Figure
 from posttrain.report.read import read_run
 
@@ -19,11 +19,13 @@ def build_report(run_dir: Path) -> Path:
     page, text = run_dir / "report.html", run_dir / "report.md"
     run = read_run(run_dir)
     digest = run.digest()
-    if text.is_file() and page.is_file() and _digest_on_disk(page) == digest:
+    if text.is_file() and page.is_file() and cards.complete(run) and _digest_on_disk(page) == digest:
         return page
     from posttrain.report.content import content, title
 
-    return _write(run_dir, title(run), content(run), digest)
+    blocks = content(run)
+    cards.write(run)
+    return _write(run_dir, title(run), blocks, digest)
 
 
 def build_comparison(folder: Path, runs: list[Path], record: dict[str, Any] | None) -> Path:

@@ -29,6 +29,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
 
     make_source().save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "README.md").write_text("---\nlicense: mit\n---\n# Of somebody else\n")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,3 +42,6 @@ def test_the_whole_way(tmp_path: Path) -> None:
     done = run("--out", "yes")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "yes" / "certificate.json").read_text())["class"] == "LlamaForCausalLM"
+    readme = (tmp_path / "yes" / "README.md").read_text()
+    assert readme.startswith("---\nlibrary_name: transformers\n") and "\nlicense: mit\n" in readme
+    assert "Of somebody else" not in readme and "where it comes from is unknown" in readme

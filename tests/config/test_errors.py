@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hydra
 import pytest
 
 from posttrain.config import load_recipe
@@ -50,7 +51,12 @@ def test_four_kinds_of_typos_are_told_together() -> None:
             "write 'stages.distill.lr=[1e-4,1e-5]' for a list, or -m for a run with each value",
         ),
         ("description=a=(b", "cannot be read", "quote it: write 'description=\"a=(b\"'"),
-        ("stages.evaluate.prompts[0]=b", "cannot be read", "write stages.evaluate.prompts.0=b"),
+        pytest.param(
+            "stages.evaluate.prompts[0]=b",
+            "cannot be read",
+            "write stages.evaluate.prompts.0=b",
+            marks=pytest.mark.skipif(not hydra.__version__.startswith("1.3"), reason="Hydra 1.4 reads it"),
+        ),
         ("scale=smok", "no scale `smok`", "write scale=smoke"),
         ("scal=smoke", "no section `scal`", "write scale=smoke"),
         ("modle=tiny", "no section `modle`", "write model=tiny"),
@@ -143,7 +149,7 @@ def test_an_incomplete_architecture_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "part.yaml").write_text("hub: a/b\narchitecture:\n  model_type: llama\n  vocab_size: 300\n")
     with pytest.raises(RecipeError) as caught:
-        make_plan(load_recipe("x_ecomla", ["model=part"], config_dir=tmp_path, cwd=tmp_path))
+        make_plan(load_recipe("transmla", ["model=part"], config_dir=tmp_path, cwd=tmp_path))
     (problem,) = caught.value.problems
     assert problem.where == "model/part.yaml:2" and "hidden_size" in problem.what
 
@@ -153,7 +159,7 @@ def test_a_stage_may_have_any_name() -> None:
     (budget,) = problems("x_ecomla", [*stage, "stages.convert.kv_ratio=0.5", "stages.convert.kv_lora_rank=32"])
     assert budget.fix == "write stages.convert.kv_ratio=null stages.convert.kv_lora_rank=32"
     typed = "stages.convert.qk_rope_head_dim=7"
-    recipe = load_recipe("x_ecomla", [*stage, "stages.convert.kv_ratio=0.5", typed])
+    recipe = load_recipe("transmla", [*stage, "stages.convert.kv_ratio=0.5", typed])
     with pytest.raises(RecipeError) as caught:
         make_plan(recipe)
     (width,) = caught.value.problems

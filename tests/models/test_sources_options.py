@@ -34,6 +34,11 @@ def _empty_caches(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
+def test_only_random_weights_have_no_licence() -> None:
+    licences = {path.stem: yaml.safe_load(path.read_text()).get("licence") for path in OPTIONS}
+    assert [name for name, licence in licences.items() if licence is None] == ["tiny"]
+
+
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
 def test_option_is_planned_without_weights(path: Path) -> None:
     cfg = ModelSourceConfig(**yaml.safe_load(path.read_text()))
@@ -66,3 +71,22 @@ def test_architecture_is_what_transformers_builds(path: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(normalise(architecture))
     assert normalise(config.to_dict()) == normalise(architecture)
+
+
+def test_a_licence_is_said_of_the_model_it_belongs_to_and_names_no_run(tmp_path: Path) -> None:
+    from posttrain.models.tiny import write_random_model
+
+    source, tiny = ModelSource(), yaml.safe_load((shipped("conf") / "model" / "tiny.yaml").read_text())
+    option = ModelSourceConfig(**tiny, licence="mit")
+    assert source.describe(option, {})["model"].extra["licence"] == "mit"
+    without = option.model_copy(update={"licence": None})
+    assert option.key_fields() == without.key_fields() and option.digest_fields() == without.digest_fields()
+    assert option.digest_fields() != option.model_copy(update={"label": "b"}).digest_fields()
+    write_random_model(tmp_path / "m", tiny["architecture"], 0)
+    mine = option.model_copy(update={"path": str(tmp_path / "m")})
+    assert "licence" not in source.describe(mine, {})["model"].extra, "the option's is not the folder's"
+    (tmp_path / "m" / "README.md").write_text("---\nlicense: llama3.2\n---\n# A model\n---\nlicense: other\n")
+    assert source.describe(mine, {})["model"].extra["licence"] == "llama3.2"
+    for text in ("# A model\n\n---\nlicense: mit\n---\n", "---\nlicense: [mit\n---\n", "---\nother: 1\n---\n", ""):
+        (tmp_path / "m" / "README.md").write_text(text)
+        assert "licence" not in source.describe(mine, {})["model"].extra, text

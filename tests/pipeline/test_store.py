@@ -9,7 +9,7 @@ import pytest
 from posttrain.errors import RecipeError, StageError
 from posttrain.pipeline import store as store_module
 from posttrain.pipeline.stage import ArtifactMeta
-from posttrain.pipeline.store import Store, link, publish, read_artifact, seal, sealed, verify
+from posttrain.pipeline.store import CODE_DIFF, Store, link, publish, read_artifact, seal, sealed, verify
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -54,6 +54,24 @@ def test_an_artifact_is_complete_verified_and_without_checkpoints(tmp_path):
 
 
 STEPS = {"fsync": 40, "rename": 3, "replace": 3}
+
+
+def test_the_diff_of_the_code_lies_beside_the_manifest_which_knows_it(tmp_path):
+    store = Store(tmp_path)
+    work_dir = finished_work(store)
+    (work_dir / "outputs" / CODE_DIFF).write_text("of an attempt that a crash ended before its manifest")
+    seal(work_dir, body(), b"-old\n+\xff\n")
+    folder = publish(work_dir, store.folder("toy", KEY)).folder
+    assert (folder / CODE_DIFF).read_bytes() == b"-old\n+\xff\n" and verify(folder) == []
+    (folder / CODE_DIFF).write_bytes(b"-old\n+new\n")
+    assert verify(folder) == [f"changed: {CODE_DIFF}"]
+    (folder / CODE_DIFF).unlink()
+    assert verify(folder) == [f"missing: {CODE_DIFF}"] and store_module.damage(folder) == []
+    (folder / CODE_DIFF).write_bytes(b"-old\n+\xff\n")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["beside"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "SHA-256 does not match" in verify(folder)[0]
 
 
 @pytest.mark.parametrize("call", STEPS)

@@ -75,11 +75,21 @@ def test_only_smoke_may_choose_another_model_or_data(recipe: str) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipes_body_sets_stages_scales_and_its_own_datasets_only(path: Path) -> None:
     data = load_document(path).data
-    known = {"defaults", "description", "datasets", "stages", "scales"}
+    known = {"defaults", "description", "paper", "datasets", "stages", "scales"}
     assert set(data) <= known, "fields of a group leak into other options"
     assert {("datasets", name) for name in data.get("datasets", {})} <= set(own_datasets(path.stem))
     assert data["description"]
     assert data["defaults"][0] == "base" and data["defaults"][-1] == "_self_"
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_a_recipe_that_follows_a_paper_says_where_it_does_not(recipe: str) -> None:
+    head = (paths.shipped("recipes") / f"{recipe}.yaml").read_text(encoding="utf-8").partition("defaults:")[0]
+    paper = load_recipe(recipe).frame.paper
+    assert (paper is not None) == ("arXiv" in head)
+    if paper is not None:
+        assert re.search(r"arXiv:([\d.]+\d)", head)[1] in paper.link
+        assert paper.differs and all(re.fullmatch(r"[A-Z].*\.", sentence) for sentence in paper.differs)
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *CONFIGS], ids=lambda path: f"{path.parent.name}/{path.name}")

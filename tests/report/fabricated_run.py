@@ -105,7 +105,11 @@ class FabricatedRun:
             {"name": name, "type": type_, "key": key, "inputs": resolved, "artifact": path, "status": "pending"}
         )
         if artifact is not None:
-            self._manifest(self.outputs / path, type_, key, artifact)
+            inputs = {
+                role: {name: one[name] for name in ("reference", "key", "output")} for role, one in resolved.items()
+            }
+            named = {"stage": name, "inputs": inputs, **artifact.get("manifest", {})}
+            self._manifest(self.outputs / path, type_, key, {**artifact, "manifest": named})
             self.events += [
                 {**EVENT, "event": "stage_started", "stage": name, "attempt": 1, "pid": 1},
                 {**EVENT, "event": "stage_finished", "stage": name, "seconds": 12.0},
@@ -136,10 +140,13 @@ class FabricatedRun:
             "engine": "cpu",
             "seconds": 12.0,
             "attempts": 1,
+            **artifact.get("manifest", {}),
         }
         write(folder / "manifest.json", json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
 
-    def finish(self, *, overrides: tuple[str, ...] = ("scale=demo",), description: str = "A test recipe.") -> Path:
+    def finish(
+        self, *, overrides: tuple[str, ...] = ("scale=demo",), description: str = "A test recipe.", **more: Any
+    ) -> Path:
         run = {
             "format": 1,
             "name": self.folder.name,
@@ -149,6 +156,7 @@ class FabricatedRun:
             "created": 1.0,
             "seed": 7,
             "stages": self.stages,
+            **more,
         }
         write(self.folder / "run.json", json.dumps(run))
         write(self.folder / "events.jsonl", lines(self.events))
@@ -224,10 +232,11 @@ def training_artifact(steps: int = 40) -> dict[str, Any]:
     }
 
 
-def complete_run(outputs: Path) -> Path:
-    """The whole run: model, data, upcycle, evaluate_converted, distill, evaluate."""
+def complete_run(outputs: Path, *, source: dict[str, Any] | None = None, **more: Any) -> Path:
+    """The whole run: model, data, upcycle, evaluate_converted, distill, evaluate. `more`: fields of run.json."""
     run = FabricatedRun(outputs)
-    run.stage("model", "model_source", {}, artifact={"outputs": model_output(LABEL, source="package")})
+    model = {"outputs": model_output(LABEL, source="package"), **(source or {})}
+    run.stage("model", "model_source", {}, artifact=model)
     run.stage("data", "data_source", {}, artifact={"outputs": dataset_outputs()})
     run.stage("upcycle", "mla_upcycle", {"model": "model"}, artifact=conversion_artifact())
     _evaluation(run, "evaluate_converted", "upcycle.model", CONVERTED, "Maybe <b>no</b>.")
@@ -238,7 +247,7 @@ def complete_run(outputs: Path) -> Path:
         artifact=training_artifact(),
     )
     _evaluation(run, "evaluate", "distill.model", DISTILLED, "Yes.")
-    return run.finish(overrides=("scale=demo", "stages.distill.lr=1e-4"))
+    return run.finish(overrides=("scale=demo", "stages.distill.lr=1e-4"), **more)
 
 
 def _evaluation(run: FabricatedRun, name: str, model: str, figures: dict[str, float], answer: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from posttrain.methods.export.config import ExportConfig
 from posttrain.methods.export.exact import latent_eps
 from posttrain.models.architecture import cache_bytes_per_token, per_layer
-from posttrain.pipeline.files import list_files, read_json, write_json
+from posttrain.pipeline.files import list_files, read_json, write_json, write_text
 
 FORMAT = 2
 NATIVE_ONLY = "vLLM, SGLang, TGI and llama.cpp cannot load it (custom architecture): serve with transformers or chat"
@@ -84,6 +84,14 @@ def certificate(
 def write_certificate(folder: Path, content: dict[str, Any]) -> None:
     """`certificate.json` in a folder."""
     write_json(folder / "certificate.json", content)
+
+
+def write_readme(source: Path, target: Path, content: dict[str, Any]) -> None:
+    """`README.md` in an export: the model card of `source`, as far as its manifests tell, and what exporting did."""
+    from posttrain.models.inspect import stated_licence
+    from posttrain.report.cards import exported
+
+    write_text(target / "README.md", exported(source, content, stated_licence(source)))
 
 
 def _predicted_bytes(arch: Mapping[str, Any], cfg: ExportConfig, size: int) -> int:

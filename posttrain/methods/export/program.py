@@ -17,12 +17,13 @@ def main(arguments: list[str]) -> int:
     made = not target.exists()
     try:
         check_model_folder(source)
-        from posttrain.methods.export.certificate import write_certificate
+        from posttrain.methods.export.certificate import write_certificate, write_readme
         from posttrain.methods.export.write import export_model
 
         target.mkdir(parents=True, exist_ok=True)
         certificate = export_model(source, target, ExportConfig(**settings))
         write_certificate(target, certificate)
+        write_readme(source, target, certificate)
     except PosttrainError as error:
         if made and target.is_dir():
             target.rmdir()

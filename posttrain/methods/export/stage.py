@@ -19,7 +19,7 @@ class Export(Stage):
     """Write a model natively or as a stock DeepSeek-V3; see `ExportConfig` and docs/export.md."""
 
     type: ClassVar[str] = "export"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     Config = ExportConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="the model to write"),
@@ -60,7 +60,7 @@ class Export(Stage):
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
-        from posttrain.methods.export.certificate import write_certificate
+        from posttrain.methods.export.certificate import write_certificate, write_readme
         from posttrain.methods.export.write import Given, export_model
 
         target, folder = ctx.output_dir("model"), ctx.output_dir("certificate")
@@ -70,6 +70,7 @@ class Export(Stage):
         # The prompts do not depend on the run's seed: equal models get equal certificates.
         certificate = export_model(ctx.inputs["model"].path, target, ctx.config, given)
         write_certificate(folder, certificate)
+        write_readme(ctx.inputs["model"].path, target, certificate)
         ctx.record_result(logit_error=max(step["relative"] for step in certificate["steps"] if step["exact"]))
         return {"model": target, "certificate": folder}
 
