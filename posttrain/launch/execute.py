@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import registry
+from posttrain.config import plugins, registry
 from posttrain.errors import PosttrainError, RecipeError, StageError
 from posttrain.launch.job import Job, clear_work
 from posttrain.pipeline.context import InputArtifact, StageContext
@@ -54,7 +54,7 @@ def execute_job(job: Job, work_dir: Path) -> Artifact:
     if sealed(work_dir):
         return publish(work_dir, Path(job.target))
     stage = registry.stage(job.type)
-    config = stage.Config.model_validate(job.config)
+    config = stage.config_for(job.config).model_validate(job.config)
     device = prepare_process(job.seed, job.device)
     context = make_context(job, config, work_dir, device)
     started = time.time()
@@ -251,6 +251,7 @@ def _versions() -> dict[str, str]:
             continue
     # The version that runs may come from a path before the installed one.
     found.update({name: sys.modules[name].__version__ for name in VERSIONED if _has_version(name)})
+    found.update(plugins.in_use())
     return {name: str(value) for name, value in found.items()}
 
 
