@@ -70,7 +70,9 @@ def _foreign(plugin: Plugin) -> Stage:
     if not (isinstance(found, type) and issubclass(found, Stage)):
         raise plugins.refuse(plugin, "is not a subclass of posttrain.pipeline.stage.Stage")
     if getattr(found, "type", None) != plugin.name:
-        raise plugins.refuse(plugin, f"calls itself {getattr(found, 'type', None)!r}", "give both the same name")
+        raise plugins.refuse(
+            plugin, f"calls itself {getattr(found, 'type', None)!r}", f"name both the same in {plugin.package}"
+        )
     config = getattr(found, "Config", None)
     if not (isinstance(config, type) and issubclass(config, StageConfig)):
         raise plugins.refuse(plugin, "has no `Config` that is a subclass of StageConfig")
