@@ -29,6 +29,8 @@ COMMANDS = {
     "export": "export",
     "list": "list_",
     "show": "show",
+    "init": "init",
+    "new": "new",
     "verify": "verify",
     "clean": "clean",
 }
