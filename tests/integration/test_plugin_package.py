@@ -135,6 +135,93 @@ def test_a_package_that_breaks_is_one_message_before_anything_runs(environment: 
     assert "libother.so is missing" in text and "Traceback" not in text and text.startswith("exit 2")
 
 
+EVERYTHING = {
+    "pyproject.toml": PROJECT.replace('"other_lab"]', '"other_lab"]\npy-modules = ["other_light", "other_classes"]')
+    + """
+[project.entry-points."posttrain.models"]
+other_model = "other_light"
+
+[project.entry-points."posttrain.rewards"]
+nothing_counts = "other_light:nothing_counts"
+""",
+    "other_light.py": """
+def register():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from other_classes import OtherConfig, OtherModel
+
+    AutoConfig.register("other_model", OtherConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OtherConfig, OtherModel, exist_ok=True)
+
+
+def architecture(config):
+    return {**config, "model_type": "llama"}
+
+
+def nothing_counts(prompts, completions, rows):
+    return [0.0 for _ in completions]
+""",
+    "other_classes.py": """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OtherConfig(LlamaConfig):
+    model_type = "other_model"
+
+
+class OtherModel(LlamaForCausalLM):
+    config_class = OtherConfig
+""",
+    "other_lab/conf/model/other_tiny.yaml": """# Random weights of a class of another package.
+random: true
+architecture:
+  {model_type: other_model, vocab_size: 300, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2,
+   num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16, tie_word_embeddings: true,
+   max_position_embeddings: 512, initializer_range: 0.1}
+""",
+    "other_lab/recipes/other_chain.yaml": """# Every stage that takes a foreign model.
+defaults:
+  - base
+  - model: other_tiny
+  - data: number_text
+  - data@datasets.pairs: reasoning_gym_pairs
+  - stage@stages.tune: sft
+  - stage@stages.distill: distill
+  - stage@stages.prefer: preference
+  - stage@stages.evaluate: evaluate
+  - _self_
+description: Tunes, distils, prefers, evaluates.
+datasets:
+  pairs: {inputs: {model: model}}
+stages:
+  tune: {inputs: {model: model, data: data.train}, loss_on: all, max_steps: 2, tokens_per_step: 64, sequence_length: 32}
+  distill:
+    {inputs: {student: tune.model, teacher: model, data: data.train}, max_steps: 2, tokens_per_step: 64,
+     sequence_length: 32}
+  prefer:
+    {inputs: {model: distill.model, data: datasets.pairs.train}, keep: trained, max_steps: 2, pairs_per_step: 2,
+     sequence_length: 256}
+  evaluate:
+    {inputs: {model: prefer.model, baseline: model, data: data.heldout}, max_documents: 2, max_tokens: 64,
+     generate_tokens: 4, repeats: 0}
+""",
+}
+
+
+@pytest.mark.slow
+def test_a_foreign_model_goes_through_the_stages_and_a_reward_makes_its_pairs(
+    environment: Path, tmp_path: Path
+) -> None:
+    pip_install(write(tmp_path / "source", {**FILES, **EVERYTHING}), environment)
+    pairs = ["size=16", "pairs.reward=nothing_counts", "pairs.max_new_tokens=4", "pairs.tries=1"]
+    settings = [f"datasets.pairs.{'gym.' if text.startswith('size') else ''}{text}" for text in pairs]
+    testing.posttrain("run", "other_chain", *settings, cwd=tmp_path)
+    for stage in ("tune", "distill", "prefer"):
+        artifact = testing.artifact(tmp_path / "outputs", stage)
+        assert json.loads((artifact / "model" / "config.json").read_text())["model_type"] == "other_model"
+        assert json.loads((artifact / "manifest.json").read_text())["versions"]["posttrain-other"] == "0.4"
+
+
 @pytest.mark.timeout(600)
 def test_what_new_writes_passes_its_own_tests(environment: Path, tmp_path: Path) -> None:
     testing.posttrain("new", "stage", "soft_labels", "--dir", str(tmp_path), cwd=tmp_path)
