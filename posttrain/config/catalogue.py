@@ -46,7 +46,12 @@ def everything(config_dir: Path | None = None) -> list[Entry]:
     """All of it, in the order in which `posttrain show` looks for a name."""
     found = [*recipes(config_dir), *stages(config_dir)]
     found += [Entry("stage", name, None, "") for name in registry.SOURCE_TYPES]
-    return found + [entry for group in GROUPS for entry in options(group, config_dir)]
+    found += [entry for group in GROUPS for entry in options(group, config_dir)]
+    return found + [
+        Entry(plugins.KINDS[plugin.group], plugin.name, None, "", plugin.package)
+        for plugin in plugins.found()
+        if plugin.group in (plugins.DATA, plugins.REWARDS)
+    ]
 
 
 def first_comment(path: Path) -> str:

@@ -145,7 +145,11 @@ class Checker:
             return
         origin = self.origins.of((*path, "type"))
         guess = nearest(str(type_name), known)
-        fix = instead(origin, (*path, "type"), guess) if guess else f"the types are {among(known)}"
+        fix = (
+            instead(origin, (*path, "type"), guess)
+            if guess
+            else f"the types are {among(known)}; a package can add more"
+        )
         self.add(f"stage `{name}` has an unknown type `{show_value(type_name)}`", origin.where, fix)
 
     def _husk(self, name: str, path: KeyPath) -> None:

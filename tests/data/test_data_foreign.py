@@ -9,6 +9,7 @@ import pytest
 from plugin_packages import forget, install, see
 from test_data_preference_pairs import bytes_of, context, model  # noqa: F401  (a fixture)
 
+from posttrain.cli import show
 from posttrain.config import load_recipe, plugins, validate_mapping
 from posttrain.config.recipe import load_resolved
 from posttrain.data import foreign, rewards
@@ -64,6 +65,10 @@ def near(prompts, completions, rows):
 near.version = "7"
 
 
+def full(prompts, completions, rows):
+    return [1.0 for _ in completions]
+
+
 def short(prompts, completions, rows):
     return [1.0]
 
@@ -79,7 +84,7 @@ POINTS = {
     "data:counting": "own_data:Counting",
     "data:wrong": "own_data:Wrong",
     "data:alien": "own_data:near",
-    **{f"rewards:{name}": f"own_data:{name}" for name in ("near", "short", "infinite", "words")},
+    **{f"rewards:{name}": f"own_data:{name}" for name in ("near", "full", "short", "infinite", "words")},
     "rewards:number": "own_data:Builder.version",
 }
 
@@ -142,6 +147,20 @@ def test_slips_in_a_packages_settings_are_told_like_all_others(tmp_path: Path) -
         load_recipe(str(tmp_path / "r.yaml"), ["data.builder=alien"])
 
 
+def test_a_builder_and_a_reward_are_shown(capsys) -> None:
+    show.command("counting")
+    text = capsys.readouterr().out
+    assert (
+        text.startswith("counting (data builder of posttrain-own 1.2)") and "count: a whole number at least 2" in text
+    )
+    show.command("near")
+    assert "near (reward of posttrain-own 1.2)" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="no schema"):
+        show.command("near", schema=True)
+    with pytest.raises(RecipeError, match="write posttrain show counting"):
+        show.command("countin")
+
+
 def test_a_path_wins_and_the_package_is_left_alone(tmp_path: Path) -> None:
     cfg = data(path=str(tmp_path / "a.jsonl"))
     assert cfg.kind == "files" and not foreign.is_foreign(cfg) and not plugins.in_use()
@@ -182,5 +201,7 @@ def test_a_reward_scores_preference_pairs(model, tmp_path: Path) -> None:  # noq
     STAGE.run(ctx)
     tries = ctx.result["tries"]
     assert tries["wrong"] > 0 and tries["unscored"] == tries["right"] == 0
+    with pytest.raises(StageError, match="no training pair: .* questions are 16 right"):
+        STAGE.run(context(tmp_path / "full", model, pairs={**pairs, "reward": "full"}))
     with pytest.raises(RecipeError, match="there is no reward `fra`"):
         STAGE.external(context(tmp_path / "other", model, pairs={**pairs, "reward": "fra"}).config)
