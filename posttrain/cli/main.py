@@ -30,6 +30,8 @@ COMMANDS = {
     "export": "export",
     "list": "list_",
     "show": "show",
+    "init": "init",
+    "new": "new",
     "verify": "verify",
     "clean": "clean",
     "diff": "diff",
