@@ -35,6 +35,7 @@ COMMANDS = {
     "verify": "verify",
     "clean": "clean",
     "diff": "diff",
+    "adopt": "adopt",
 }
 HIDDEN = {"worker": "worker"}
 # typer brings its own copy of click from 0.24 on and uses the real one before; this is the class of either.

@@ -74,7 +74,7 @@ def execute_job(job: Job, work_dir: Path, lock: Lock | None = None) -> Artifact:
     check_external(stage, job, work_dir)
     check_result(job.stage, computed.result)
     _check_outputs(stage, computed.outputs, work_dir)
-    metas = {name: _measure(stage, job, name, computed.outputs[name]) for name in stage.outputs}
+    metas = {name: measure(stage, job, name, computed.outputs[name]) for name in stage.outputs}
     seal(work_dir, make_manifest(job, stage, computed, metas, started, code), code.diff)
     if lock is not None:
         lock.require()
@@ -118,7 +118,7 @@ def compute(job: Job, context: StageContext) -> Computed:
         outputs = stage.run(context)
     except PosttrainError as error:
         raise type(error)(problems=in_section(error.problems, stage, job.stage)) from error
-    where = {"device": context.device, "host": _host(context.device), "threads": _threads()}
+    where = {"device": context.device, "host": host_facts(context.device), "threads": _threads()}
     return Computed(dict(outputs), context.result, context.timing, **where)
 
 
@@ -247,7 +247,8 @@ def _check_outputs(stage: Stage, outputs: Mapping[str, Path], work_dir: Path) ->
             raise StageError(f"output '{name}' was written to {outputs[name]}, not to the work folder's outputs/{name}")
 
 
-def _measure(stage: Stage, job: Job, name: str, path: Path) -> ArtifactMeta:
+def measure(stage: Stage, job: Job, name: str, path: Path) -> ArtifactMeta:
+    """Meta of a finished output, held against what was planned. Raises RecipeError or StageError."""
     type_ = stage.outputs[name]
     if type_ == "model":
         from posttrain.models.inspect import check_model_folder
@@ -341,7 +342,7 @@ def _has_version(name: str) -> bool:
     return hasattr(sys.modules.get(name), "__version__")
 
 
-def _host(device: str) -> dict[str, Any]:
+def host_facts(device: str) -> dict[str, Any]:
     host = {"name": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu_name()}
     if device == "cuda":
         import torch

@@ -154,7 +154,8 @@ class Execution:
             outcome = self._outcome(planned) or {}
             for name, lines in outcome["damaged"].items():
                 parent = self.plan[planned.inputs[name].stage]
-                if parent.name in self.repaired or not parent.selected:
+                adopted = "adopted" in self.finished[parent.name].manifest
+                if parent.name in self.repaired or not parent.selected or adopted:
                     return self._failed(planned, message)
                 self.repaired.add(parent.name)
                 self.display.note(f"{parent.name}: its artifact is damaged ({', '.join(lines)}); it is made again")

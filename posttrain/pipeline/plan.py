@@ -242,10 +242,17 @@ class _Planner:
             self._note(name, error)
             return
         broken = damage(artifact.folder, content=False) if artifact is not None else []
+        if broken and artifact is not None and "adopted" in artifact.manifest:
+            what = f"the adopted artifact of stage {name} is damaged: {', '.join(broken)}"
+            fix = f"posttrain adopt it again with --force, or remove {artifact.folder} to have it computed"
+            self._note(name, RecipeError(what, str(artifact.folder), fix))
+            return
         if broken:
             planned.damaged, artifact = True, None
         if artifact is not None and not planned.forced:
             planned.status, planned.artifact = "cached", artifact
+            if adopted := artifact.manifest.get("adopted"):
+                planned.reasons = [f"adopted from {adopted['from']}"]
             return
         planned.resumes = work_dir.exists() and not planned.forced
         if held(work_dir / "lock"):

@@ -46,6 +46,9 @@ def _summary(run: RunRecord) -> Iterator[Block]:
     for stage in run.stages:
         if stage.status in ("failed", "stopped"):
             yield Notice(f"Stage {stage.name} {stage.status}: {stage.message}")
+    for stage in run.stages:
+        if adopted := (stage.manifest or {}).get("adopted"):
+            yield Notice(f"Stage {stage.name} was not computed: its result was adopted from {adopted['from']}.")
     waiting = [stage.name for stage in run.stages if stage.status in ("pending", "running")]
     if waiting:
         yield Notice(f"This run is not complete. Without a result so far: {', '.join(waiting)}.")
