@@ -27,18 +27,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 from posttrain_kernels.mla_decode import mla_decode_reference
-from posttrain_kernels.mla_decode.tiles import MULTIPROCESSORS, Tile, choose_splits, choose_tile
+from posttrain_kernels.mla_decode.tiles import MULTIPROCESSORS, SHARED_MEMORY, Tile, choose_splits, choose_tile
 
 from benchmarks.bench_mla_decode import SHAPES, Shape, caches
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.timing import measure
 
-SHARED_MEMORY = 232448
-"""Bytes of a program on Hopper."""
 TOLERANCE = 1e-2
 WORKERS = 14
 WORKER_SECONDS = 150.0
-TILE_COLUMNS = ("heads", "slots", "warps", "stages", "slots_first", "tma", "gluon", "resident")
+BROKEN = 3
+"""A worker's exit code when its last tile broke the CUDA context: the tiles after it are not to blame."""
+TILE_COLUMNS = ("heads", "slots", "warps", "stages", "slots_first", "tma", "gluon", "halves", "resident")
 COLUMNS = ("shape", *TILE_COLUMNS, "splits", "ms", "gb_s", "tflop_s", "percent", "default")
 
 
@@ -82,18 +82,21 @@ def _arguments() -> argparse.Namespace:
 
 def candidates(heads: int, rank: int, rope: int) -> Iterator[Tile]:
     """The tiles worth a try, by heads and padded widths, that fit in shared memory; the default is one of them."""
-    width = _power_of_two(rank) + _power_of_two(rope)
+    width = _power_of_two(rank), _power_of_two(rope)
     block, few = min(32, _power_of_two(heads)), heads <= 32
-    stages = (1, 2) if rank > 256 else (2, 4)
+    stages = (2, 3, 4) if rank > 256 else (2, 4)
     yield choose_tile(heads, rank)
-    for slots in (64, 128):
-        yield from _fitting(Tile(64, slots, 8, 2, tma=True, gluon=True), width)
+    if rank > 256:
+        yield from _fitting(Tile(64, 64, 8, 2, tma=True, gluon=True, halves=True), width)
+    else:
+        for most, slots, stage in product((64,) if few else (64, 128), (64, 128), (2, 3, 4, 6, 8)):
+            yield from _fitting(Tile(most, slots, most // 16, stage, tma=True, gluon=True), width)
     for tma, stage in product((True, False), stages):
         if few:
             for slots, warps in ((64, 4), (64, 8), (128, 4), (128, 8)):
                 yield from _fitting(Tile(block, slots, warps, stage, slots_first=True, tma=tma), width)
-            for slots, warps, more in ((32, 4, 1), (32, 8, 1), (64, 4, 0), (64, 8, 0)):
-                yield from _fitting(Tile(block, slots, warps, stage + more, tma=tma), width)
+            for slots, warps in product((32, 64, 128), (4, 8)):
+                yield from _fitting(Tile(block, slots, warps, stage, tma=tma), width)
         else:
             for most, slots, warps in product((64, 128), (64, 128), (4, 8)):
                 yield from _fitting(Tile(most, slots, warps, stage, tma=tma), width)
@@ -101,20 +104,15 @@ def candidates(heads: int, rank: int, rope: int) -> Iterator[Tile]:
                 yield from _fitting(Tile(64, slots, slots // 16, stage, slots_first=True, tma=tma), width)
 
 
-def _fitting(tile: Tile, width: int) -> Iterator[Tile]:
+def _fitting(tile: Tile, width: tuple[int, int]) -> Iterator[Tile]:
     """The tile with as many resident programs as its memory and registers allow; none if it cannot fit."""
-    # Accumulators in fp32 want half of the registers at most; without the copy engine one stage goes through registers.
-    accumulators = tile.heads * _latent(width) / (32 * tile.warps)
-    weights = 2 * tile.heads * tile.slots if tile.gluon else 0
-    memory = 2 * width * (tile.slots * tile.stages + tile.heads) + weights + 1024
-    if accumulators > 128 or memory > SHARED_MEMORY or (tile.stages == 1 and not tile.tma):
+    # Accumulators in fp32 want half of the registers at most.
+    accumulators = tile.heads * width[0] / (32 * tile.warps)
+    memory = tile.shared_memory(2 * width[0], 2 * width[1])
+    if accumulators > 128 or memory > SHARED_MEMORY:
         return
-    registers = 65536 // (32 * tile.warps * 255)
+    registers = (2 if tile.heads == 64 and not tile.halves else 1) if tile.gluon else 65536 // (32 * tile.warps * 255)
     yield replace(tile, resident=max(1, min(SHARED_MEMORY // memory, registers)))
-
-
-def _latent(width: int) -> int:
-    return 1 << (width.bit_length() - 1)
 
 
 def _power_of_two(number: int) -> int:
@@ -152,9 +150,9 @@ def _check_in_workers(jobs: list[Job], options: argparse.Namespace) -> list[str]
         for process in [process for process in running if process.poll() is not None]:
             todo, log = running.pop(process)
             left = _read(log, todo, verdicts)
-            if left:
-                verdicts[left[0]] = f"stopped its process ({_last_line(log)})"
-                pending += [left[1:]] if left[1:] else []
+            if left and process.returncode != BROKEN:
+                verdicts[left.pop(0)] = f"stopped its process ({_last_line(log)})"
+            pending += [left] if left else []
         time.sleep(0.2)
     for process, (todo, log) in running.items():
         process.kill()
@@ -189,7 +187,10 @@ def _check_jobs(jobs: list[Job], indices: list[int]) -> int:
         except Exception as error:  # a tile that does not compile must not end the others
             verdict = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         print(json.dumps({"verdict": verdict, "index": index}), flush=True)
-        torch.cuda.synchronize()
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return BROKEN
     return 0
 
 

@@ -110,7 +110,9 @@ class ToyTrain(Stage):
         ctx.record_result(loss=float("nan") if ctx.config.fail == "nan" else state["losses"][-1])
         ctx.record_timing(steps_per_second=1.0)
         folder = ctx.output_dir("history")
-        (folder / "history.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in state["losses"]))
+        (folder / "history.jsonl").write_text(
+            "".join(json.dumps({"step": n, "loss": loss}) + "\n" for n, loss in enumerate(state["losses"], 1))
+        )
         return {"history": folder}
 
 

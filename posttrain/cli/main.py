@@ -30,8 +30,11 @@ COMMANDS = {
     "export": "export",
     "list": "list_",
     "show": "show",
+    "init": "init",
+    "new": "new",
     "verify": "verify",
     "clean": "clean",
+    "diff": "diff",
 }
 HIDDEN = {"worker": "worker"}
 # typer brings its own copy of click from 0.24 on and uses the real one before; this is the class of either.

@@ -20,6 +20,9 @@ def command(
         list[str] | None, typer.Option(metavar="STAGE", help="Plan this stage although it is in the store.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", "--multirun", help="Sweep: overrides may list values (a,b; range(1,4); glob(*)).")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
     config_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
@@ -32,6 +35,11 @@ def command(
     from posttrain.pipeline.plan import make_plan
     from posttrain.pipeline.plan_text import render
 
+    if multirun:
+        from posttrain.cli.sweep import sweep
+
+        selection = {"from_": from_, "until": until, "only": only, "force": force or ()}
+        return sweep(recipe, overrides or [], config_dir, selection, name, dry_run=True, yes=True)
     resolved = load_recipe(recipe, overrides or [], config_dir=config_dir)
     plan = make_plan(resolved, from_, until, only, force or (), name=name)
     if json_:

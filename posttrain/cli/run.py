@@ -25,6 +25,9 @@ def command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", "--multirun", help="Sweep: overrides may list values (a,b; range(1,4); glob(*)).")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Run although it is expensive or may not fit.")] = False,
     config_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
@@ -37,6 +40,11 @@ def command(
     from posttrain.config.recipe import load_recipe
     from posttrain.pipeline.plan import make_plan
 
+    if multirun:
+        from posttrain.cli.sweep import sweep
+
+        selection = {"from_": from_, "until": until, "only": only, "force": force or ()}
+        return sweep(recipe, overrides or [], config_dir, selection, name, dry_run=dry_run, yes=yes)
     resolved = load_recipe(recipe, overrides or [], config_dir=config_dir)
 
     def make() -> Plan:

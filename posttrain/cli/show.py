@@ -1,4 +1,4 @@
-"""`posttrain show NAME`: a recipe with every default filled in, a stage's settings, or a model or data option."""
+"""`posttrain show NAME`: a recipe with every default filled in, a stage's settings, an option, a builder or reward."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def command(
     if schema:
         typer.echo(stage_schema(found[0]))
     else:
-        typer.echo("\n\n".join(stage_text(entry) if entry.kind == "stage" else option_text(entry) for entry in found))
+        typer.echo("\n\n".join(entry_text(entry) for entry in found))
 
 
 def recipe_text(name: str, overrides: list[str], origin: bool, config_dir: Path | None) -> str:
@@ -79,6 +79,29 @@ def _flow(value: Any) -> str:
     import yaml
 
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
+
+
+def entry_text(entry: Entry) -> str:
+    """Whatever is named, as text."""
+    if entry.kind == "stage":
+        return stage_text(entry)
+    return option_text(entry) if entry.path is not None else plugin_text(entry)
+
+
+def plugin_text(entry: Entry) -> str:
+    """A data builder or reward of an installed package: what it does, and its settings."""
+    from inspect import getdoc
+
+    from posttrain.config import plugins
+
+    group = next(group for group, kind in plugins.KINDS.items() if kind == entry.kind)
+    plugin = plugins.lookup(group, entry.name)
+    assert plugin is not None
+    found = plugins.load(plugin)
+    lines = [f"{entry.name} ({entry.kind} of {plugin.origin}): {getdoc(found) or plugin.target}"]
+    if group == plugins.DATA:
+        lines += ["", "settings:", *_fields(found.Config, "", ())]
+    return "\n".join(lines)
 
 
 def stage_text(entry: Entry) -> str:
@@ -133,8 +156,11 @@ def stage_schema(entry: Entry) -> str:
 
     from posttrain.config import registry
     from posttrain.config.schema import SOURCE_SECTIONS, Frame
+    from posttrain.errors import RecipeError
     from posttrain.pipeline.stage import Stage
 
+    if entry.kind not in ("stage", *SOURCE_SECTIONS, *Frame.model_fields):
+        raise RecipeError(f"{entry.kind} `{entry.name}` has no schema of its own", "--schema", "leave it out")
     if entry.kind not in ("stage", *SOURCE_SECTIONS):
         section = Frame.model_fields[entry.kind].annotation
         return json.dumps(section.model_json_schema(), indent=1, ensure_ascii=False)  # type: ignore[union-attr]

@@ -25,6 +25,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 
 from posttrain.config.documents import Document, load_document
+from posttrain.config.locate import counting, the_one
 from posttrain.config.suggest import among, nearest
 from posttrain.errors import Problem, RecipeError
 
@@ -94,7 +95,8 @@ class Repository(ConfigRepository):
         name = config_path if config_path.endswith(".yaml") else f"{config_path}.yaml"
         files = (folder / name for folder in self.folders)
         # A recipe never includes itself: `base` in a file base.yaml is the next base.
-        return next((path for path in files if path.is_file() and path != self.recipe), None)
+        found = counting(path for path in files if path.is_file() and path != self.recipe)
+        return the_one(found, f"`{config_path}`") if found else None
 
     def _load(self, config_path: str) -> ConfigResult | None:
         path = self.find(config_path)

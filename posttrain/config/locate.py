@@ -1,12 +1,17 @@
-"""Where recipes and groups are: the user's folders first, then the shipped ones."""
+"""Where recipes and groups are: the user's folders first, then those of installed packages, then the shipped ones.
+
+What the user has wins over all. Among installed packages and posttrain itself a name belongs to one: where two have it,
+using it is an error, so that installing a package never changes what a recipe means.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from posttrain import paths
+from posttrain.config import plugins
 from posttrain.config.suggest import among, nearest
 from posttrain.errors import RecipeError
 
@@ -17,7 +22,7 @@ def search_path(config_dir: Path | None = None) -> list[Path]:
     Raises:
         RecipeError: `config_dir` is no folder.
     """
-    folders = [paths.shipped("conf"), paths.shipped("recipes")]
+    folders = [*plugins.config_folders(), paths.shipped("conf"), paths.shipped("recipes")]
     if config_dir is not None:
         own = Path(config_dir).resolve()
         if not own.is_dir():
@@ -27,12 +32,48 @@ def search_path(config_dir: Path | None = None) -> list[Path]:
     return folders
 
 
-def recipe_files(config_dir: Path | None = None) -> dict[str, Path]:
-    """Recipe name to its file; the user's own before shipped ones of the same name."""
-    folders = [paths.shipped("recipes")]
-    if config_dir is not None:
-        folders += [Path(config_dir), Path(config_dir) / "recipes"]
-    return {path.stem: path.resolve() for folder in folders for path in sorted(folder.glob("*.yaml"))}
+def recipe_files(config_dir: Path | None = None) -> dict[str, list[Path]]:
+    """Recipe name to its file; to several where installed packages have the same name and the user has none."""
+    own = [] if config_dir is None else [Path(config_dir) / "recipes", Path(config_dir)]
+    others = [folder for folder in plugins.config_folders() if folder.name == "recipes"]
+    return by_name([*own, *others, paths.shipped("recipes")])
+
+
+def by_name(folders: Iterable[Path]) -> dict[str, list[Path]]:
+    """Name of each YAML file in those folders to the files that count, see `counting`."""
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, []).append(path.resolve())
+    return {name: counting(files) for name, files in found.items()}
+
+
+def counting(files: Iterable[Path]) -> list[Path]:
+    """Of files of one name, in the order of the search path, those that count: the user's own first one, else all."""
+    distinct = list(dict.fromkeys(files))
+    return distinct[:1] if distinct and not owner(distinct[0]) else distinct
+
+
+def owner(path: Path) -> str:
+    """The installed package that a file comes from: "posttrain" for shipped ones, "" for the user's own."""
+    for folder, plugin in plugins.config_folders().items():
+        if path.is_relative_to(folder):
+            return plugin.package
+    shipped = (paths.shipped("conf"), paths.shipped("recipes"))
+    return "posttrain" if any(path.is_relative_to(folder) for folder in shipped) else ""
+
+
+def the_one(files: list[Path], what: str) -> Path:
+    """The only file that counts.
+
+    Raises:
+        RecipeError: there are several; `what` says what they are.
+    """
+    if len(files) == 1:
+        return files[0]
+    owners = ", ".join(owner(path) for path in files)
+    fix = "copy the one that you mean into a folder of your own (--config-dir), or uninstall a package"
+    raise RecipeError(f"{what} is in several installed packages: {owners}", ", ".join(map(str, files)), fix)
 
 
 def find_recipe(recipe: str, config_dir: Path | None, cwd: Path) -> Path:
@@ -47,14 +88,14 @@ def find_recipe(recipe: str, config_dir: Path | None, cwd: Path) -> Path:
     if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
         return _recipe_at(recipe, (cwd / Path(recipe).expanduser()).resolve(), names)
     if recipe in names:
-        return names[recipe]
+        return the_one(names[recipe], f"recipe `{recipe}`")
     if (cwd / f"{recipe}.yaml").is_file():
         raise RecipeError(f"there is no recipe `{recipe}`", fix=f"write ./{recipe}.yaml for the file in this folder")
     guess = nearest(recipe, names)
     raise RecipeError(f"there is no recipe `{recipe}`", fix=f"write {guess}" if guess else f"there are {among(names)}")
 
 
-def _recipe_at(typed: str, path: Path, names: Mapping[str, Path]) -> Path:
+def _recipe_at(typed: str, path: Path, names: Mapping[str, list[Path]]) -> Path:
     if path.is_file() and path.suffix == ".yaml":
         return path
     if path.is_file():

@@ -152,8 +152,8 @@ def _sweep(text: str, where: str, parsed: Override) -> Problem:
     what = f"`{text}` lists several values, and one run takes one"
     if parsed.value_type == ValueType.SIMPLE_CHOICE_SWEEP:
         key, _, value = text.partition("=")
-        return Problem(what, where, f"write {_shell(f'{key}=[{value}]')} for a list, or one value")
-    return Problem(what, where, "give one value")
+        return Problem(what, where, f"write {_shell(f'{key}=[{value}]')} for a list, or -m for a run with each value")
+    return Problem(what, where, "give one value, or -m for a run with each")
 
 
 def take_scale(arguments: list[Argument]) -> tuple[Argument | None, list[Argument]]:

@@ -14,7 +14,7 @@ from posttrain.config.explain import instead, problems_of, show_value
 from posttrain.config.origins import Origin, Origins
 from posttrain.config.schema import SOURCE_GROUPS, SOURCE_SECTIONS, Debug, Frame
 from posttrain.config.suggest import among, nearest
-from posttrain.errors import Problem
+from posttrain.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
     from posttrain.config.overrides import Argument
@@ -144,7 +144,7 @@ class Checker:
             self.add(what, self.origins.of(path).where, "rename it")
             return
         type_name = body.get("type")
-        known = [option for option in registry.STAGES if option not in registry.SOURCE_TYPES]
+        known = registry.usable()
         if type_name in known:
             self._config(name, path, str(type_name), body)
             return
@@ -156,7 +156,11 @@ class Checker:
             return
         origin = self.origins.of((*path, "type"))
         guess = nearest(str(type_name), known)
-        fix = instead(origin, (*path, "type"), guess) if guess else f"the types are {among(known)}"
+        fix = (
+            instead(origin, (*path, "type"), guess)
+            if guess
+            else f"the types are {among(known)}; a package can add more"
+        )
         self.add(f"stage `{name}` has an unknown type `{show_value(type_name)}`", origin.where, fix)
 
     def _husk(self, name: str, path: KeyPath) -> None:
@@ -187,12 +191,18 @@ class Checker:
             self.add(what, self.origins.of(path).where, f"write {plain}")
 
     def _config(self, name: str, path: KeyPath, type_name: str, body: dict[str, Any]) -> None:
-        stage = registry.stage(type_name)
         try:
-            config = stage.Config.model_validate(body)
+            stage = registry.stage(type_name)
+            model = stage.config_for(body)
+        except RecipeError as error:  # of an installed package that cannot be used
+            self.result.problems += error.problems
+            self.untyped.add(name)
+            return
+        try:
+            config = model.model_validate(body)
         except ValidationError as error:
             if path not in self.doubtful:
-                self.result.problems += problems_of(error, stage.Config, path, body, self.origins, type_name)
+                self.result.problems += problems_of(error, model, path, body, self.origins, type_name)
             inputs = body.get("inputs")
             inputs = {k: v for k, v in inputs.items() if isinstance(v, str)} if isinstance(inputs, dict) else {}
             config = stage.Config.model_construct(type=type_name, inputs=inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -97,6 +97,11 @@ class PairSamples(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with this probability.")
     batch_size: int = Field(64, ge=1, description="Questions answered together.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the sampling model.")
+    reward: str | None = Field(
+        None,
+        description="Reward of an installed package that scores the answers (0 to 1) in place of the task's own "
+        "`score_answer`; null = the task's.",
+    )
     score_seconds: float = Field(
         10.0,
         gt=0,
@@ -122,8 +127,8 @@ class DataSourceConfig(StageConfig):
     """Where text comes from: files of yours (`path`), or a builder; and which documents are held out.
 
     A `path` wins over whatever the chosen option says: its `builder`, `inputs`, `hub`, `python`, `samples`, `gym`,
-    `pairs`, `heldout` and `label` are then ignored, so that `data.path=./my.jsonl` works on top of any option. Typed
-    beside it they are an error.
+    `pairs`, `settings`, `heldout` and `label` are then ignored, so that `data.path=./my.jsonl` works on top of any
+    option. Typed beside it they are an error.
     """
 
     ignored_with_path: ClassVar[tuple[str, ...]] = (
@@ -135,6 +140,7 @@ class DataSourceConfig(StageConfig):
         "samples",
         "gym",
         "pairs",
+        "settings",
         "heldout",
     )
 
@@ -159,6 +165,9 @@ class DataSourceConfig(StageConfig):
     samples: Samples = Field(default_factory=Samples, description="For builder `teacher_samples`.")
     gym: GymTasks = Field(default_factory=GymTasks, description="For builders `reasoning_gym` and `preference_pairs`.")
     pairs: PairSamples = Field(default_factory=PairSamples, description="For builder `preference_pairs`.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="For a builder of an installed package: what it can be told."
+    )
     heldout: Literal["split", "committed"] = Field(
         "split",
         description="split: whole documents of the same source, or generated problems of other seeds; committed: "
@@ -190,6 +199,8 @@ class DataSourceConfig(StageConfig):
             )
         if self.builder == "hub" and self.hub is None:
             raise ValueError("builder hub needs `hub: {name: owner/name}`")
+        if self.settings and self.builder in get_args(Builder):
+            raise ValueError(f"`settings` are for builders of installed packages, and {self.builder} is not one")
         return self
 
     @property
@@ -226,12 +237,16 @@ class DataSourceConfig(StageConfig):
         fields = super().key_fields()
         fields["source"] = self.kind
         fields["heldout"] = self.heldout_kind
-        for name in ("hub", "samples", "python", "gym", "pairs", "builder"):
+        foreign = self.kind not in ("files", *get_args(Builder))
+        used = ("settings",) if foreign else SECTIONS.get(self.kind, ())
+        for name in ("hub", "samples", "python", "gym", "pairs", "builder", "settings"):
             value = fields.pop(name)
-            if name in SECTIONS.get(self.kind, ()):
+            if name in used:
                 fields[name] = value
         if "pairs" in fields:
             fields["pairs"].pop("score_seconds")
+            if fields["pairs"]["reward"] is None:
+                fields["pairs"].pop("reward")
         if self.heldout_kind != "split":
             fields.pop("heldout_fraction")
         if self.kind not in ("files", "hub") and self.heldout_kind != "path":

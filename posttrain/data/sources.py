@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from posttrain.data import tasks
+from posttrain.data import foreign, rewards, tasks
 from posttrain.data.builders import (
     committed,
     files,
@@ -88,6 +88,8 @@ def build(cfg: DataSourceConfig, ctx: StageContext) -> Split:
         "hub": lambda: hub.build(cfg, ctx),
         "teacher_samples": lambda: teacher_samples.build(cfg.samples, ctx),
     }
+    if foreign.is_foreign(cfg):
+        return divide(cfg, foreign.documents(cfg, ctx))
     return divide(cfg, makers[cfg.kind]())
 
 
@@ -148,13 +150,28 @@ def sizes(cfg: DataSourceConfig) -> tuple[Size, Size]:
             cfg, tiny.build() if cfg.kind == "tiny" else _read_cached(cfg.model_dump_json(), _state(cfg.source_path))
         )
         return _size(made.train), _size(made.heldout)
-    total, kind = _expected_bytes(cfg), KINDS.get(cfg.kind)
+    total, kind = _expected_bytes(cfg), row_kind(cfg)
+    if total is None:
+        held = Size(kind=kind) if cfg.heldout_kind == "split" else _size(heldout_documents(cfg))
+        return Size(None, cfg.max_bytes, kind), held
     if cfg.heldout_kind != "split":
         return Size(_rows(cfg, 0.0), _capped(cfg, total), kind), _size(heldout_documents(cfg))
     held = int(total * cfg.heldout_fraction)
     rows = _rows(cfg, cfg.heldout_fraction)
     heldout_rows = None if rows is None else tasks.heldout_size(cfg.gym.size, cfg.heldout_fraction)
     return Size(rows, _capped(cfg, total - held), kind), Size(heldout_rows, held, kind)
+
+
+def row_kind(cfg: DataSourceConfig) -> str | None:
+    """The kind of all rows, where the builder makes one kind alone."""
+    return foreign.builder_of(cfg).rows if foreign.is_foreign(cfg) else KINDS.get(cfg.kind)
+
+
+def licence(cfg: DataSourceConfig) -> str:
+    """Of the text that the section makes."""
+    if foreign.is_foreign(cfg):
+        return foreign.builder_of(cfg).licence
+    return LICENCES.get(cfg.kind) or (cfg.hub.licence if cfg.hub else "")
 
 
 def absent_packages(cfg: DataSourceConfig) -> list[str]:
@@ -177,6 +194,10 @@ def external(cfg: DataSourceConfig) -> dict[str, Any]:
     if cfg.kind in GYM_BUILDERS:
         tasks.require_package(_where(cfg))
         found["reasoning_gym"] = tasks.package_version()
+    if cfg.kind == "preference_pairs" and cfg.pairs.reward is not None:
+        found["reward"] = rewards.identity(cfg.pairs.reward, "data.pairs.reward")
+    if foreign.is_foreign(cfg):
+        found["builder"] = foreign.identity(cfg)
     if cfg.heldout_kind == "path":
         where = f"data.heldout_path={cfg.heldout_path}"
         found["heldout_files"] = _digests(cfg.heldout_source_path, where, digest_path)
@@ -219,7 +240,9 @@ def _read_cached(cfg_json: str, state: tuple[tuple[str, int, int], ...]) -> list
     return read_source(DataSourceConfig.model_validate_json(cfg_json))
 
 
-def _expected_bytes(cfg: DataSourceConfig) -> int:
+def _expected_bytes(cfg: DataSourceConfig) -> int | None:
+    if foreign.is_foreign(cfg):
+        return foreign.builder_of(cfg).size(cfg.settings)
     if cfg.kind == "files":
         return sum(file.stat().st_size for file in files.text_files(cfg.source_path, f"data.path={cfg.path}"))
     if cfg.kind == "python_text":

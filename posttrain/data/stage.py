@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from posttrain.data import sources
+from posttrain.data import foreign, sources
 from posttrain.data.builders import committed
 from posttrain.data.config import DataSourceConfig
 from posttrain.data.documents import BYTES_PER_TOKEN, write_dataset
@@ -34,12 +34,15 @@ class DataSource(Stage):
     }
     outputs: ClassVar[dict[str, str]] = {"train": "dataset", "heldout": "dataset"}
 
+    def config_for(self, body: Mapping[str, Any]) -> type[DataSourceConfig]:
+        return foreign.config_model(body)
+
     def external(self, cfg: DataSourceConfig) -> dict[str, Any]:
         return sources.external(cfg)
 
     def uses_seed(self, cfg: DataSourceConfig) -> bool:
         """Only where the text is sampled or generated; every other builder is the same for all seeds."""
-        return cfg.kind in WRITTEN_BY_SEED
+        return foreign.builder_of(cfg).random if foreign.is_foreign(cfg) else cfg.kind in WRITTEN_BY_SEED
 
     def describe(self, cfg: DataSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         metas = {}
@@ -52,7 +55,8 @@ class DataSource(Stage):
         return metas
 
     def check(self, cfg: DataSourceConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
-        if cfg.kind in WRITERS and "model" not in inputs:
+        writes = foreign.builder_of(cfg).needs_model if foreign.is_foreign(cfg) else cfg.kind in WRITERS
+        if writes and "model" not in inputs:
             fix = "data.inputs.model=model (or another model reference)"
             raise RecipeError(f"{cfg.kind} needs a model that writes", where="data.inputs", fix=fix)
         sources.sizes(cfg)
@@ -100,7 +104,7 @@ def _label(cfg: DataSourceConfig, split: str) -> str:
 
 def _card(cfg: DataSourceConfig, split: str) -> dict[str, Any]:
     """The fields of `dataset.json` that are known before the text."""
-    builder, licence = cfg.kind, sources.LICENCES.get(cfg.kind) or (cfg.hub.licence if cfg.hub else "")
+    builder, licence = cfg.kind, sources.licence(cfg)
     if split == "heldout" and cfg.heldout_kind != "split":
         builder = "files" if cfg.heldout_kind == "path" else "committed"
         licence = sources.LICENCES["files"] if builder == "files" else committed.LICENCE

@@ -23,6 +23,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
         arch = normalise(model.config.to_dict())
     except PosttrainError as error:
         return error.problems[0].what
+    if "counted_as" in arch:
+        return f"a model of type {arch['model_type']}, whose modules belong to an installed package"
     return (
         _unknown_settings(arch)
         or _unknown_layout(model)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import registry
+from posttrain.config import plugins, registry
 from posttrain.errors import DamagedInputs, PosttrainError, RecipeError, StageError
 from posttrain.launch.job import Job, clear_work
 from posttrain.launch.source_code import SourceCode, source_code
@@ -129,7 +129,7 @@ def check_external(stage: Stage, job: Job, work_dir: Path) -> None:
         StageError: it is not what was planned. What the stage has made of it is removed, since a later attempt under
             the same key would take it for its own.
     """
-    config = stage.Config.model_validate(job.config)
+    config = stage.config_for(job.config).model_validate(job.config)
     try:
         changed = changed_external(stage, config, job.document)
     except RecipeError as error:
@@ -171,7 +171,7 @@ def clear_leftovers(work_dir: Path) -> None:
 
 def make_context(job: Job, work_dir: Path, device: str, **ranks: Any) -> StageContext:
     """The context of a job, reporting to its run's event log; `ranks`: its fields `rank`, `world_size` and `agree`."""
-    config = registry.stage(job.type).Config.model_validate(job.config)
+    config = registry.stage(job.type).config_for(job.config).model_validate(job.config)
     log = EventLog(Path(job.events))
 
     def emit(event: str, fields: dict[str, Any]) -> None:
@@ -333,6 +333,7 @@ def _versions() -> dict[str, str]:
             continue
     # The version that runs may come from a path before the installed one.
     found.update({name: sys.modules[name].__version__ for name in VERSIONED if _has_version(name)})
+    found.update(plugins.in_use())
     return {name: str(value) for name, value in found.items()}
 
 

@@ -7,9 +7,13 @@ r kv_lora_rank, d_n/d_r/d_v position-free key, rotary key and value width of a l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from posttrain.config import plugins
 from posttrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    from posttrain.config.plugins import Plugin
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Dense decoders whose blocks the upcycled model can follow."""
@@ -59,13 +63,16 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture dict of a `config.json`: the fields that shapes depend on, with every default filled in.
 
     Accepts its own result unchanged. Both spellings of the rotary settings are understood (`rope_parameters`, or
-    `rope_theta` with `rope_scaling`).
+    `rope_theta` with `rope_scaling`). A model type of an installed package is counted as the supported family that its
+    package names, in `counted_as`.
 
     Raises:
         RecipeError: the model is not one that can be converted or counted; the message names what is supported.
     """
     model_type = str(config.get("model_type") or "")
     family = str(config.get("source_model_type") or "") if model_type == "upcycled" else model_type
+    if model_type not in (*SUPPORTED_FAMILIES, "upcycled") and (plugin := plugins.lookup(plugins.MODELS, model_type)):
+        return _foreign(config, plugin)
     _refuse_what_no_family_has(config, model_type)
     if family not in SUPPORTED_FAMILIES:
         _unsupported(f"model_type {model_type or 'missing'!r}" if model_type != "upcycled" else f"source {family!r}")
@@ -95,6 +102,20 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
         result |= _upcycled_fields(config, result["num_hidden_layers"])
         result["source_model_type"] = family
     return result
+
+
+def _foreign(config: Mapping[str, Any], plugin: Plugin) -> dict[str, Any]:
+    """The architecture of a model type of an installed package: that of a supported family with the same shapes."""
+    described = dict(config)
+    if "counted_as" not in config:
+        describe = getattr(plugins.load(plugin), "architecture", None)
+        described = {**config, "model_type": "llama"} if describe is None else dict(describe(config))
+        described["counted_as"] = described.get("model_type")
+    family = described["counted_as"]
+    if family not in SUPPORTED_FAMILIES:
+        fix = f"let `architecture` give one of the families {', '.join(SUPPORTED_FAMILIES)}"
+        raise plugins.refuse(plugin, f"is to be counted as {family!r}, which is no supported family", fix)
+    return {**normalise({**described, "model_type": family}), "model_type": plugin.name, "counted_as": family}
 
 
 def per_layer(value: Any, layer: int) -> Any:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import StageError
+from posttrain.models.foreign import register_all, register_for
 from posttrain.models.inspect import TOKENIZER, check_model_folder
 from posttrain.pipeline.files import sync_file, sync_folder
 
@@ -31,6 +32,7 @@ def load(path_or_name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if Path(path_or_name).expanduser().is_dir():
         folder = Path(path_or_name).expanduser()
         return load_model(folder, device=device, dtype="auto"), load_tokenizer(folder)
+    register_all()
     model = AutoModelForCausalLM.from_pretrained(str(path_or_name), dtype="auto").to(device).eval()
     return model, AutoTokenizer.from_pretrained(str(path_or_name))
 
@@ -48,6 +50,7 @@ def load_model(
         StageError: its tensors are not those of its architecture (transformers would fill the gap with random ones).
     """
     check_model_folder(folder)
+    register_for(folder)
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
@@ -72,6 +75,7 @@ def load_model(
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises StageError if there is none."""
+    register_for(folder)  # some tokenizers are found by their model's type
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, ImportError) as error:

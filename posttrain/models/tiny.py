@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.config import plugins
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +65,8 @@ def write_random_model(folder: Path, architecture: dict[str, Any], seed: int, dt
     """Write a decoder with random weights, the tiny tokenizer and a generation config into `folder`.
 
     Args:
-        architecture: `config.json` fields; `model_type` names the family (llama, mistral, qwen2, qwen3).
+        architecture: `config.json` fields; `model_type` names the family (llama, mistral, qwen2, qwen3)
+            or a type of an installed package.
         seed: of the weights; the same seed and architecture give the same bytes.
         dtype: of the stored weights.
 
@@ -73,10 +76,13 @@ def write_random_model(folder: Path, architecture: dict[str, Any], seed: int, dt
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    from posttrain.models.foreign import register
+
     if architecture["vocab_size"] < TINY_VOCABULARY:
         raise ValueError(f"a random model needs vocab_size >= {TINY_VOCABULARY}, got {architecture['vocab_size']}")
     tokenizer = tiny_tokenizer()
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    register(architecture["model_type"])
     config = AutoConfig.for_model(**{**config_fields(architecture), **tokens})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -96,6 +102,8 @@ def config_fields(architecture: dict[str, Any]) -> dict[str, Any]:
     one by default.
     """
     fields = {name: value for name, value in architecture.items() if name != "qk_norm"}
+    if fields["model_type"] in plugins.names(plugins.MODELS):
+        return fields
     if fields["model_type"] != "llama":
         fields.setdefault("sliding_window", None)
     if fields["model_type"] not in ("llama", "qwen3"):

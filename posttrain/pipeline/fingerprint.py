@@ -1,8 +1,8 @@
 """What decides the result of a stage, as a document, and its digest: the key of the artifact.
 
-The key exists at plan time. It holds the stage's type and code version, its settings, the seed if the stage draws from
-it, what lies outside the recipe (a folder's digest, a revision) and the keys of its inputs; it does not hold names,
-paths, host or engine.
+The key exists at plan time. It holds the stage's type and code version (and its package, if that is not posttrain), its
+settings, the seed if the stage draws from it, what lies outside the recipe (a folder's digest, a revision) and the keys
+of its inputs; it does not hold names, paths, host or engine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.config import registry
 from posttrain.errors import RecipeError
 from posttrain.paths import user_cache
 from posttrain.pipeline.files import read_json, write_text
@@ -47,6 +48,9 @@ def key_document(stage: Stage, cfg: StageConfig, seed: int, inputs: Mapping[str,
     }
     if stage.uses_seed(cfg):
         document["seed"] = seed
+    if (plugin := registry.package_of(stage.type)) is not None:
+        # Two packages may call different things by one name, one today and the other tomorrow.
+        document["package"] = plugin.package
     return json.loads(canonical_json(document))
 
 
@@ -78,6 +82,8 @@ def explain(
     reasons = []
     if old.get("type") != new["type"]:
         return [f"stage type {old.get('type')} → {new['type']}"]
+    if old.get("package") != new.get("package"):
+        return [f"stage type {new['type']} of {old.get('package', 'posttrain')} → of {new.get('package', 'posttrain')}"]
     if old.get("version") != new["version"]:
         reasons.append(f"stage code version {old.get('version')} → {new['version']}")
     reasons += _differences(old.get("config", {}), new["config"])

@@ -126,6 +126,10 @@ class Stage:
     outputs: ClassVar[dict[str, str]] = {}
     """Output name to artifact type. The first output is what a bare `STAGE` reference means."""
 
+    def config_for(self, body: Mapping[str, Any]) -> type[StageConfig]:
+        """The model of these settings: `Config`, or one made from it that knows more. Raises RecipeError."""
+        return self.Config
+
     def external(self, cfg: Any) -> dict[str, Any]:
         """What lies outside the recipe and decides the result (digest of a folder, Python version): enters the key."""
         return {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def build(run_dir: Path) -> Path:
@@ -14,3 +16,14 @@ def build(run_dir: Path) -> Path:
     from posttrain.report.writing import build_report
 
     return build_report(Path(run_dir))
+
+
+def compare(folder: Path, runs: Sequence[Path], record: Mapping[str, Any] | None = None) -> Path:
+    """Write a report that compares runs, given by their folders, into `folder`; the path of the HTML.
+
+    Args:
+        record: the sweep that the runs are points of, as in its `sweep.json`.
+    """
+    from posttrain.report.writing import build_comparison
+
+    return build_comparison(Path(folder), [Path(run) for run in runs], dict(record) if record is not None else None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from posttrain.errors import PosttrainError
 from posttrain.pipeline.files import read_json
 from posttrain.report.read import Json, RunRecord, StageRecord, read_lines
 
@@ -250,9 +251,10 @@ def settings(stage: StageRecord) -> list[tuple[str, Any, Any]]:
     config = {k: v for k, v in ((stage.manifest or {}).get("config") or {}).items() if k not in ("type", "inputs")}
     from posttrain.config import registry
 
-    if stage.type not in registry.STAGES:
+    try:
+        fields = registry.stage(stage.type).Config.model_fields
+    except (KeyError, PosttrainError):
         return [(name, value, None) for name, value in config.items()]
-    fields = registry.stage(stage.type).Config.model_fields
     changed = []
     for name, value in config.items():
         default = fields[name].get_default(call_default_factory=True) if name in fields else None

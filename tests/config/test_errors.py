@@ -48,7 +48,7 @@ def test_four_kinds_of_typos_are_told_together() -> None:
         (
             "stages.distill.lr=1e-4,1e-5",
             "several values",
-            "write 'stages.distill.lr=[1e-4,1e-5]' for a list, or one value",
+            "write 'stages.distill.lr=[1e-4,1e-5]' for a list, or -m for a run with each value",
         ),
         ("description=a=(b", "cannot be read", "quote it: write 'description=\"a=(b\"'"),
         pytest.param(

@@ -6,7 +6,14 @@ import pytest
 import torch
 from kernel_cases import randn, relative_error
 from posttrain_kernels.mla_decode import mla_decode
-from posttrain_kernels.mla_decode.tiles import MULTIPROCESSORS, TILES, Tile, choose_splits, choose_tile
+from posttrain_kernels.mla_decode.tiles import (
+    MULTIPROCESSORS,
+    SHARED_MEMORY,
+    TILES,
+    Tile,
+    choose_splits,
+    choose_tile,
+)
 
 STARTS, LENGTH, CAPACITY = torch.tensor([0, 2, 6, 7]), torch.tensor([7]), 9
 RANK, ROPE, HEADS = 16, 32, 5
@@ -58,13 +65,25 @@ def test_an_empty_cache_gives_zeros():
     assert not mla_decode(q_latent.float(), q_rope.float(), *empty, start, torch.tensor(0), 1.0).any()
 
 
+@pytest.mark.parametrize("rope", [16, 64, 128, 256])
 @pytest.mark.parametrize("rank", [16, 96, 192, 512])
 @pytest.mark.parametrize("heads", [1, 9, 16, 33, 128])
-def test_a_tile_fits_a_multiprocessor(heads, rank):
-    """Accumulators in half of the registers, tiles in flight and queries in shared memory, 64 rotary columns."""
-    tile, width = choose_tile(heads, rank), 1 << (rank - 1).bit_length()
+def test_a_tile_fits_a_multiprocessor(heads, rank, rope):
+    """Accumulators in half of the registers, tiles in flight and queries in shared memory."""
+    width = max(16, 1 << (rank - 1).bit_length())
+    tile = choose_tile(heads, rank).fitted(2 * width, 2 * rope)
     assert tile.heads >= min(heads, 16) and tile.heads * width <= 128 * 32 * tile.warps
-    assert 2 * (width + 64) * (tile.slots * tile.stages + tile.heads) <= 227 * 1024
+    assert tile.stages >= 2 and tile.slots >= 32
+    memory = tile.shared_memory(2 * width, 2 * rope)
+    assert 2 * (width + rope) * tile.slots * tile.stages + 2 * width * tile.heads < memory <= SHARED_MEMORY
+
+
+def test_sizes_of_the_target_keep_their_gluon_tiles():
+    for heads, rank, rope in ((32, 512, 64), (128, 512, 64), (32, 128, 32), (128, 128, 32)):
+        tile = choose_tile(heads, rank)
+        assert tile.gluon and tile.fitted(2 * rank, 2 * rope) == tile
+    assert choose_tile(128, 128).fitted(256, 128).stages == 3
+    assert choose_tile(128, 512).fitted(1024, 256) == Tile(64, 32, 8, 2, tma=True)
 
 
 def test_tiles_of_a_width_are_ordered_by_heads():

@@ -12,7 +12,8 @@ pytestmark = [pytest.mark.gpu, requires_cuda]
 TIMES_EAGER = 1.5
 SHAPES = [(16, 512, 64), (32, 512, 64), (128, 512, 64), (16, 128, 32), (32, 128, 32), (128, 128, 32)]
 SHAPES += [(9, 192, 32), (15, 160, 16), (9, 96, 48), (3, 32, 16), (40, 256, 64), (20, 384, 64)]
-"""Query heads, r, d_r: the sizes of the target, SmolLM2's, and widths that are no powers of two."""
+SHAPES += [(70, 512, 128), (130, 128, 64), (64, 272, 16)]
+"""Query heads, r, d_r: the sizes of the target, SmolLM2's, and widths that are no powers of two or need more memory."""
 
 
 def bf16(*shape, seed):
@@ -97,6 +98,13 @@ def test_every_tile_that_tuning_may_choose(heads, rank, rope, tile):
         pytest.skip(f"does not fit: {error}")
 
 
+@pytest.mark.parametrize("scale", [-0.06, 0.0])
+@pytest.mark.parametrize(("heads", "rank", "rope"), SHAPES[2:6])
+def test_scales_that_are_not_positive(heads, rank, rope, scale):
+    given = (*arguments(heads, rank, rope, 200, [0, 150, 199, 200])[:-1], scale)
+    judge(mla_decode(*given), given)
+
+
 def test_slots_in_front_of_rows():
     """Caches [S, B, d], both in one buffer: strides that the copy engine cannot take as one matrix."""
     q_latent, q_rope, latent, k_rope, *rest = arguments(16, 512, 64, 100, [0, 40, 99, 100])
@@ -155,3 +163,28 @@ def test_a_captured_graph_follows_starts_and_length(heads, splits):
         captured.fill_(float("nan"))
         graph.replay()
         judge(captured, given)
+
+
+@pytest.mark.parametrize("splits", [1, 7])
+@pytest.mark.parametrize(("heads", "rank", "rope"), SHAPES[:6])
+def test_a_call_waits_for_the_one_before_it(heads, rank, rope, splits):
+    """Kernels are launched before their predecessors end: a chain in one graph, and the same one call at a time."""
+    q_latent, q_rope, *rest = arguments(heads, rank, rope, 900, [0, 300, 899])
+
+    def chain(after_each):
+        query, results = q_latent, []
+        for _ in range(6):
+            query = mla_decode(query, q_rope, *rest, splits=splits)
+            after_each()
+            results.append(query)
+        return results
+
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = chain(lambda: None)
+    for _ in range(3):
+        for result in results:
+            result.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(result, wanted) for result, wanted in zip(results, expected, strict=True))

@@ -51,8 +51,10 @@ def mla_decode_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        if PARTS:
+            # Programs of the combination find room beside this kernel's, and wait there.
+            gdc_launch_dependents()
     # Blocks of heads of one row are neighbours in launch order: the second finds the latents in the L2 cache.
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     program, split = tl.program_id(0), tl.program_id(1)
@@ -113,33 +115,38 @@ def mla_decode_kernel(
         tl.store(p_exponent + place, b_most + tl.log2(b_sum), mask=is_head)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "places"])
 def combine_parts_kernel(
     p_parts,
     p_exponent,
     p_out,
+    places,
     splits,
     R: tl.constexpr,
+    PLACES: tl.constexpr,
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """COLUMNS columns of one head of one row: the means of all parts, at most SPLITS, weighted by 2^exponent."""
+    """COLUMNS columns of PLACES heads, of `places` in all rows: their parts' means weighted by 2^exponent."""
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
-    place = tl.program_id(0).to(tl.int64)
+        gdc_launch_dependents()
+    place = tl.program_id(0).to(tl.int64) * PLACES + tl.arange(0, PLACES)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, SPLITS)
-    b_exponent = tl.load(p_exponent + place * splits + split, mask=split < splits, other=float("-inf"))
-    p_part = p_parts + (place * splits + split)[:, None] * R + column[None, :]
-    b_part = tl.load(p_part, mask=(split < splits)[:, None] & (column < R)[None, :], other=0.0).to(tl.float32)
-    most = tl.max(b_exponent, axis=0)
+    at = place[:, None] * splits + split[None, :]
+    valid = (place < places)[:, None] & (split < splits)[None, :]
+    b_exponent = tl.load(p_exponent + at, mask=valid, other=float("-inf"))
+    p_part = p_parts + at[:, :, None] * R + column[None, None, :]
+    b_part = tl.load(p_part, mask=valid[:, :, None] & (column < R)[None, None, :], other=0.0).to(tl.float32)
+    b_most = tl.max(b_exponent, axis=1)
     # All parts empty: any finite maximum makes every weight zero instead of NaN.
-    b_weight = tl.exp2(b_exponent - tl.where(most == float("-inf"), 0.0, most))
-    divisor = tl.sum(b_weight, axis=0)
-    b_mean = tl.sum(b_weight[:, None] * b_part, axis=0) / tl.where(divisor > 0, divisor, 1.0)
-    tl.store(p_out + place * R + column, b_mean.to(p_out.dtype.element_ty), mask=column < R)
+    b_weight = tl.exp2(b_exponent - tl.where(b_most == float("-inf"), 0.0, b_most)[:, None])
+    b_divisor = tl.sum(b_weight, axis=1)
+    b_mean = tl.sum(b_weight[:, :, None] * b_part, axis=1) / tl.where(b_divisor > 0, b_divisor, 1.0)[:, None]
+    p_target = p_out + place[:, None] * R + column[None, :]
+    tl.store(p_target, b_mean.to(p_out.dtype.element_ty), mask=(place < places)[:, None] & (column < R)[None, :])
 
 
 @triton.jit

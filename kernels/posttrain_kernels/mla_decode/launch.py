@@ -14,9 +14,10 @@ from ..inference import dense_width, unit_stride
 from .kernels import combine_parts_kernel, mla_decode_kernel
 from .tiles import Tile, choose_splits, choose_tile
 
-COMBINED_COLUMNS = 64
-COMBINED_PARTS = 32
-"""Columns of a program of the combining kernel, and parts it loads at a time."""
+COMBINED_ELEMENTS = 2048
+"""Of the parts, that one warp of the combining kernel loads at once; more where the splits are many."""
+COMBINED_COLUMNS = 32
+"""Least columns of its programs: 64 bytes in 16 bits."""
 
 
 def mla_decode_triton(
@@ -42,13 +43,13 @@ def mla_decode_triton(
         return out
     tile = tile or choose_tile(heads, rank, latent_cache.element_size())
     latent, rope = dense_width(latent_cache), dense_width(rope_cache)
-    tile = _possible(tile, latent, rope)
+    tile = _possible(tile, latent, rope, scale)
     blocks = triton.cdiv(heads, tile.heads)
     splits = splits or choose_splits(rows * blocks, latent.shape[1], tile)
     if splits == 1:
         target, exponents = out, None
     else:
-        target = torch.empty(rows, heads, splits, rank, device=out.device, dtype=torch.float32)
+        target = torch.empty(rows, heads, splits, rank, device=out.device, dtype=out.dtype)
         exponents = torch.empty(rows, heads, splits, device=out.device, dtype=torch.float32)
     q_latent, q_rope = unit_stride(q_latent), unit_stride(q_rope)
     arguments = (
@@ -56,7 +57,8 @@ def mla_decode_triton(
         q_rope,
         latent,
         rope,
-        *(_descriptor(cache, tile) if tile.tma else None for cache in (latent, rope)),
+        _descriptor(latent, tile, tile.gluon and tile.halves) if tile.tma else None,
+        _descriptor(rope, tile, False) if tile.tma else None,
         start.contiguous(),
         length,
         target,
@@ -70,29 +72,47 @@ def mla_decode_triton(
         scale * math.log2(math.e),
     )
     sizes = dict(H=heads, R=rank, D_R=rope.shape[2], BLOCK_R=_padded(rank), BLOCK_D=_padded(rope.shape[2]))
-    sizes |= dict(HEADS=tile.heads, SLOTS=tile.slots, PARTS=splits > 1, num_warps=tile.warps)
-    grid = (rows * blocks, splits)
+    sizes |= dict(HEADS=tile.heads, SLOTS=tile.slots, PARTS=splits > 1)
+    grid, overlap = (rows * blocks, splits), _overlap(out.device)
     if tile.gluon:
-        from .gluon_kernels import mla_decode_gluon_kernel
-
-        mla_decode_gluon_kernel[grid](*arguments, **sizes)
+        _launch_gluon(tile, grid, arguments, sizes | overlap)
     else:
         dense = latent.stride(1) == rank and rope.stride(1) == rope.shape[2]
-        options = dict(SLOTS_FIRST=tile.slots_first, TMA=tile.tma, DENSE=dense, STAGES=tile.stages)
-        mla_decode_kernel[grid](*arguments, **sizes, **options)
+        options = dict(SLOTS_FIRST=tile.slots_first, TMA=tile.tma, DENSE=dense, STAGES=tile.stages, PDL=bool(overlap))
+        mla_decode_kernel[grid](*arguments, **sizes, **options, **overlap, num_warps=tile.warps)
     if splits > 1:
-        _combine(target, exponents, out)
+        _combine(target, exponents, out, overlap)
     return out
 
 
-def _combine(parts: Tensor, exponents: Tensor, out: Tensor) -> None:
+def _launch_gluon(tile: Tile, grid: tuple[int, int], arguments: tuple, options: dict[str, object]) -> None:
+    if tile.halves:
+        from .gluon_wide import mla_decode_wide_kernel
+
+        mla_decode_wide_kernel[grid](*arguments, **options, num_warps=4)
+    else:
+        from .gluon_narrow import mla_decode_narrow_kernel
+
+        # Two programs of 64 heads share a multiprocessor's registers.
+        limit = dict(maxnreg=128) if tile.heads == 64 else {}
+        mla_decode_narrow_kernel[grid](*arguments, **options, **limit, STAGES=tile.stages, num_warps=4)
+
+
+def _combine(parts: Tensor, exponents: Tensor, out: Tensor, overlap: dict[str, bool]) -> None:
     """Means [B, H, SPLITS, r] and exponents [B, H, SPLITS] of the parts into `out` [B, H, r]."""
     rows, heads, splits, rank = parts.shape
-    columns = min(COMBINED_COLUMNS, _padded(rank))
-    grid = (rows * heads, triton.cdiv(rank, columns))
-    combine_parts_kernel[grid](
-        parts, exponents, out, splits, R=rank, COLUMNS=columns, CHUNK=COMBINED_PARTS, num_warps=4
-    )
+    padded = triton.next_power_of_2(splits)
+    columns = min(_padded(rank), max(COMBINED_COLUMNS, COMBINED_ELEMENTS // padded))
+    places = max(1, COMBINED_ELEMENTS // (padded * columns))
+    grid = (triton.cdiv(rows * heads, places), triton.cdiv(rank, columns))
+    options = dict(R=rank, PLACES=places, SPLITS=padded, COLUMNS=columns, PDL=bool(overlap), **overlap)
+    warps = min(16, max(1, padded * columns // (2 * COMBINED_ELEMENTS)))
+    combine_parts_kernel[grid](parts, exponents, out, rows * heads, splits, **options, num_warps=warps)
+
+
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Programmatic dependent launch: a kernel is set up while the one before it ends, and waits for it in place."""
+    return dict(launch_pdl=True) if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else {}
 
 
 def _padded(width: int) -> int:
@@ -100,11 +120,15 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _possible(tile: Tile, latent: Tensor, rope: Tensor) -> Tile:
+def _possible(tile: Tile, latent: Tensor, rope: Tensor, scale: float) -> Tile:
     """The tile, without what these caches or this device do not allow."""
     if tile.tma and not (_describable(latent) and _describable(rope)):
-        tile = replace(tile, tma=False, gluon=False, stages=max(2, tile.stages))
-    return replace(tile, gluon=tile.gluon and _runs_gluon(latent.device, latent.dtype))
+        tile = tile.plain()
+        tile = replace(tile, tma=False, stages=max(2, tile.stages))
+    # The softmax of the Gluon kernels takes the maximum before it scales.
+    if tile.gluon and not (_runs_gluon(latent.device, latent.dtype) and scale > 0):
+        tile = tile.plain()
+    return tile.fitted(*(cache.element_size() * _padded(cache.shape[2]) for cache in (latent, rope)))
 
 
 def _describable(cache: Tensor) -> bool:
@@ -119,10 +143,11 @@ def _runs_gluon(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and dtype.itemsize == 2
 
 
-def _descriptor(cache: Tensor, tile: Tile) -> object:
-    """The copy engine's view of a cache, in tiles of slots and padded width; Gluon's has a layout too."""
+def _descriptor(cache: Tensor, tile: Tile, halves: bool) -> object:
+    """The copy engine's view of a cache, in tiles of slots and padded width or half of it; Gluon's has a layout too."""
     rows, capacity, width = cache.shape
-    view = ([rows * capacity, width], [cache.stride(1), 1], [tile.slots, _padded(width)])
+    box = [tile.slots, _padded(width) // 2 if halves else _padded(width)]
+    view = ([rows * capacity, width], [cache.stride(1), 1], box)
     if not tile.gluon:
         return TensorDescriptor(cache, *view)
     from triton.experimental.gluon import language as gl

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 WIDEST = 512
 """Widest latent of the kernels."""
+SHARED_MEMORY = 227 * 1024
+"""Bytes of a program on Hopper."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200. On another card only the choice of splits is less even."""
 PROGRAM_TILES = 1.5
@@ -24,10 +26,11 @@ class Tile:
     Attributes:
         heads: query heads of a program, a power of two, 16 at least.
         slots: cache slots of an iteration, a power of two; 64 at least for Hopper's matrix instructions.
-        warps: of a program; stages: tiles in flight.
+        warps: of a program of the Triton kernel; stages: tiles in flight.
         slots_first: transposed products, for few heads (see `kernels.py`).
         tma: tiles come through the bulk copy engine where the caches' strides allow it.
-        gluon: `gluon_kernels.py` on Hopper, where the strides allow it: 64 heads, 8 warps and 2 stages.
+        gluon: a Gluon kernel on Hopper, with `tma`: 64 or 128 heads; see `halves`.
+        halves: which one: `gluon_wide.py`, 64 heads, 64 slots and 2 stages, or `gluon_narrow.py`.
         resident: programs that share a multiprocessor, by registers and shared memory.
     """
 
@@ -38,19 +41,43 @@ class Tile:
     slots_first: bool = False
     tma: bool = False
     gluon: bool = False
+    halves: bool = False
     resident: int = 1
+
+    def plain(self) -> Tile:
+        """What the Triton kernel runs in place of a Gluon tile."""
+        return replace(self, gluon=False, halves=False, slots=64, stages=min(3, self.stages)) if self.gluon else self
+
+    def shared_memory(self, latent: int, rope: int) -> int:
+        """Bytes of a program at most, for rows of `latent` and `rope` bytes: tiles in flight, queries, small change."""
+        # The wide Gluon kernel has its rotary queries in registers, and the weights of two tiles in shared memory.
+        beside = 4 * self.slots if self.halves else rope
+        return (latent + rope) * self.slots * self.stages + self.heads * (latent + beside) + 2048
+
+    def fitted(self, latent: int, rope: int) -> Tile:
+        """Fewer stages, and then fewer slots, where such rows need more shared memory than there is."""
+        tile = self
+        while tile.shared_memory(latent, rope) > SHARED_MEMORY:
+            if tile.stages > 2:
+                tile = replace(tile, stages=tile.stages - 1)
+            elif tile.gluon:
+                tile = tile.plain()
+            elif tile.slots > 16:
+                tile = replace(tile, slots=tile.slots // 2)
+            else:
+                break
+        return tile
 
 
 TILES: dict[tuple[int, int], Tile] = {
-    (128, 16): Tile(16, 64, 4, 4, resident=2),
-    (128, 32): Tile(32, 128, 4, 4, slots_first=True),
-    (128, 64): Tile(64, 64, 4, 4, resident=2),
-    (128, 128): Tile(128, 64, 8, 3, tma=True),
+    (128, 16): Tile(16, 128, 4, 3),
+    (128, 64): Tile(64, 64, 4, 4, tma=True, gluon=True),
+    (128, 128): Tile(128, 128, 8, 4, tma=True, gluon=True),
     (256, 16): Tile(16, 64, 4, 3, slots_first=True, tma=True),
     (256, 32): Tile(32, 64, 4, 3, slots_first=True, tma=True),
     (256, 64): Tile(64, 64, 4, 3, tma=True),
     (512, 16): Tile(16, 32, 4, 3),
-    (512, 64): Tile(64, 64, 8, 2, tma=True, gluon=True),
+    (512, 64): Tile(64, 64, 8, 2, tma=True, gluon=True, halves=True),
 }
 """By padded latent width (at most) and by query heads (at most; more heads are several programs). 16-bit caches.
 

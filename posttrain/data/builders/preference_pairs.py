@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from posttrain.data import rewards
 from posttrain.data.builders.batches import batch_seed, cut, in_batches
 from posttrain.data.builders.teacher_samples import load_writer, write
 from posttrain.data.chat import plain_text
@@ -69,7 +70,7 @@ def _sampler(
     pairs: PairSamples, ctx: StageContext, batches: list[list[TaskProblem]], stack: ExitStack
 ) -> Callable[[int], list[dict[str, Any]]]:
     model, tokenizer = load_writer(ctx, pairs.dtype)
-    scorer = stack.enter_context(Scorer(pairs.score_seconds))
+    score_all = _scores(pairs, stack)
 
     def sample(number: int) -> list[dict[str, Any]]:
         problems = batches[number]
@@ -81,8 +82,8 @@ def _sampler(
             seed = batch_seed("preference_pairs", ctx.seed, number, attempt)
             questions = [problems[index].question for index in open_ones]
             written = write(model, tokenizer, questions, pairs, seed)
-            for index, (answer, ended) in zip(open_ones, written, strict=True):
-                score = scorer.score(problems[index].task, answer) if answer else None
+            scores = score_all([problems[index] for index in open_ones], [answer for answer, _ in written])
+            for index, (answer, ended), score in zip(open_ones, written, scores, strict=True):
                 found = verdict(answer, score, problems[index].answer, pairs.wrong_below)
                 outcomes[index]["tries"].append(found)
                 if found == WRONG:
@@ -90,6 +91,22 @@ def _sampler(
         return outcomes
 
     return sample
+
+
+def _scores(pairs: PairSamples, stack: ExitStack) -> Callable[[list[TaskProblem], list[str]], Sequence[float | None]]:
+    """What scores answers: the tasks themselves, or the named reward."""
+    if pairs.reward is None:
+        scorer = stack.enter_context(Scorer(pairs.score_seconds))
+        return lambda problems, answers: [
+            scorer.score(problem.task, answer) if answer else None
+            for problem, answer in zip(problems, answers, strict=True)
+        ]
+    reward = rewards.load(pairs.reward, "data.pairs.reward")
+    return lambda problems, answers: reward(
+        [problem.question for problem in problems],
+        answers,
+        [{"id": problem.id, "answer": problem.answer, TASK: problem.task} for problem in problems],
+    )
 
 
 def _document(problem: TaskProblem, outcome: dict[str, Any]) -> Document | None:

@@ -41,6 +41,10 @@ class Export(Stage):
 
     def check(self, cfg: ExportConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         architecture = inputs["model"].architecture
+        if architecture is not None and "counted_as" in architecture:
+            kind = architecture["model_type"]
+            what = f"model_type {kind} is an installed package's, and an export is checked without it"
+            raise RecipeError(what, where="inputs.model", fix="use the model's folder, with that package beside it")
         if cfg.to != "deepseek_v3" or architecture is None:
             return
         if found := obstacles(architecture, cfg, inputs["model"].extra.get("dtype")):

@@ -1,0 +1,78 @@
+"""What `run -m` and `plan -m` do: expand, check every point, then run them or show what would run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from posttrain.config.sweep import Point
+    from posttrain.pipeline.plan import Plan
+
+
+def sweep(
+    recipe: str,
+    overrides: list[str],
+    config_dir: Path | None,
+    selection: Mapping[str, Any],
+    name: str | None,
+    *,
+    dry_run: bool = False,
+    yes: bool = False,
+) -> int:
+    """Run a sweep, or show it; returns the exit code.
+
+    Args:
+        selection: `from_`, `until`, `only` and `force` of `make_plan`, the same for every point.
+        name: of the sweep; its runs are then called NAME-1, NAME-2, …
+    """
+    from posttrain.config.sweep import expand, load_points
+    from posttrain.errors import EXIT_DONE
+    from posttrain.pipeline.plan import make_plan
+    from posttrain.pipeline.sweep import SweepPoint, check_sweep, run_sweep, sweep_name
+
+    points = expand(overrides, config_dir)
+    resolved = load_points(recipe, points, config_dir)
+    makes = [
+        partial(make_plan, one, **selection, name=f"{name}-{number}" if name else None)
+        for number, one in enumerate(resolved, 1)
+    ]
+    plans = [make() for make in makes]
+    if dry_run:
+        typer.echo("\n".join(table_of(points, plans)))
+        return EXIT_DONE
+    check_sweep(plans, yes=yes)
+    called = sweep_name(resolved[0].recipe, plans, name)
+    from posttrain.cli.live import Live
+
+    with Live() as live:
+        todo = [SweepPoint(point.values, make) for point, make in zip(points, makes, strict=True)]
+        result = run_sweep(resolved[0].recipe, overrides, called, plans[0].outputs, todo, live)
+    for text, message in result.failed:
+        typer.echo(f"posttrain: point {text}: {message}", err=True)
+    if result.exit_code not in (EXIT_DONE, 1):
+        typer.echo("posttrain: the sweep was stopped; the same command goes on with it", err=True)
+    typer.echo(f"sweep: {result.folder}")
+    if result.report is not None:
+        typer.echo(f"report: {result.report}")
+    return result.exit_code
+
+
+def table_of(points: list[Point], plans: list[Plan]) -> list[str]:
+    """Every point with what it would run; a stage that an earlier point computes is counted there."""
+    from posttrain.pipeline.plan_text import table
+
+    seen: set[tuple[str, str]] = set()
+    rows = []
+    for point, plan in zip(points, plans, strict=True):
+        own = [stage for stage in plan.to_do if (stage.stage.type, stage.key) not in seen]
+        shared = len(plan.to_do) - len(own)
+        seen |= {(stage.stage.type, stage.key) for stage in own}
+        cached = sum(stage.status == "cached" for stage in plan.stages)
+        rows.append((str(point), plan.run_name, ", ".join(s.name for s in own) or "-", str(shared), str(cached)))
+    header = ("point", "run", "to do", "shared with a point above", "in the store")
+    return [f"{plans[0].resolved.recipe}: {len(points)} points", "", *table(header, rows, right=(3, 4))]

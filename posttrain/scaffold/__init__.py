@@ -1,0 +1,1 @@
+"""Templates of folders that `posttrain new` and `posttrain init` write."""
