@@ -25,13 +25,21 @@ class Leftover:
 def command(
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this, only show it.")] = False,
     outputs: Annotated[Path, typer.Option(metavar="DIR", help="The outputs folder.")] = Path("outputs"),
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN …]", help="Runs or sweeps to remove with all that only they use."),
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Also remove runs that were active last before that.")
+    ] = None,
 ) -> None:
-    """Remove abandoned work folders and artifacts that no run refers to; never what a live process holds."""
+    """Remove abandoned work folders and artifacts that no run refers to, and runs if told so; never what is running."""
     from posttrain.pipeline.plan_text import size
     from posttrain.pipeline.run_dir import require_outputs
 
     require_outputs(outputs)
-    found = leftovers(outputs)
+    ended = _ended_runs(outputs, runs or [], older_than)
+    found = [*ended, *leftovers(outputs, without={one.folder for one in ended})]
     if not found:
         typer.echo("nothing to clean")
         return
@@ -45,14 +53,54 @@ def command(
     typer.echo(f"{total} freed")
 
 
-def leftovers(outputs: Path) -> list[Leftover]:
-    """What `clean` removes: work folders that no run can resume, and artifacts that no run refers to."""
+def _ended_runs(outputs: Path, names: list[str], days: float | None) -> list[Leftover]:
+    """Folders of runs and sweeps that are to go.
+
+    Raises:
+        RecipeError: there is no such run, or it is running.
+    """
+    import time
+
+    from posttrain.errors import RecipeError
+    from posttrain.pipeline.lock import held
+    from posttrain.pipeline.run_dir import find_run, last_activity, list_runs
+    from posttrain.pipeline.sweep import find_sweep
+
+    found: dict[Path, str] = {}
+    chosen = []
+    for name in names:
+        sweep = find_sweep(name, outputs)
+        if sweep is None:
+            chosen.append(find_run(name, outputs))
+            continue
+        found[sweep[0]] = "sweep"
+        inside = [point["run"] for point in sweep[1]["points"] if point["run"]]
+        chosen += [run for run in list_runs(outputs) if run.name in inside]
+    for run in chosen:
+        if held(run.lock_path):
+            raise RecipeError(f"run {run.name} is running", fix=f"posttrain cancel {run.name}")
+        found[run.path] = "run"
+    if days is not None:
+        for run in list_runs(outputs):
+            idle = (time.time() - last_activity(run)) / 86400
+            if idle >= days and not held(run.lock_path):
+                found.setdefault(run.path, f"run, idle for {idle:.0f} days")
+    return [_leftover(folder, why) for folder, why in found.items()]
+
+
+def leftovers(outputs: Path, without: set[Path] = frozenset()) -> list[Leftover]:
+    """What `clean` removes: work folders that no run can resume, and artifacts that no run refers to.
+
+    Args:
+        without: folders of runs that do not count any more.
+    """
     from posttrain.pipeline.lock import held
     from posttrain.pipeline.run_dir import list_runs
     from posttrain.pipeline.store import Store
 
     store = Store(outputs / "store")
-    wanted = {(stage["type"], stage["key"]) for run in list_runs(outputs) for stage in run.record()["stages"]}
+    kept = [run for run in list_runs(outputs) if run.path not in without]
+    wanted = {(stage["type"], stage["key"]) for run in kept for stage in run.record()["stages"]}
     found = []
     for folder in store.work_dirs():
         identity = (folder.parent.name, folder.name.removeprefix(".work-"))
@@ -102,13 +150,15 @@ def remove(found: list[Leftover]) -> None:
     import os
 
     from posttrain.pipeline.execution import discard_work
-    from posttrain.pipeline.files import remove_tree
+    from posttrain.pipeline.files import discard_tree, remove_tree
 
     for one in found:
         if one.restore:
             os.rename(one.folder, one.folder.with_name(one.folder.name.removeprefix(".old-")))
         elif one.folder.name.startswith(".work-"):
             discard_work(one.folder)
+        elif one.folder.parent.name in ("runs", "sweeps"):
+            discard_tree(one.folder)
         else:
             # An artifact without its manifest is none: a crash in between leaves nothing that could be taken for one.
             (one.folder / "manifest.json").unlink(missing_ok=True)

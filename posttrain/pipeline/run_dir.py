@@ -127,10 +127,11 @@ def require_outputs(outputs: Path) -> None:
 def list_runs(outputs: Path) -> list[RunDir]:
     """All runs, the one that was active last first."""
     runs = [RunDir(path.parent) for path in (outputs / "runs").glob("*/run.json")]
-    return sorted(runs, key=_last_activity, reverse=True)
+    return sorted(runs, key=last_activity, reverse=True)
 
 
-def _last_activity(run: RunDir) -> float:
+def last_activity(run: RunDir) -> float:
+    """When the run last wrote an event, seconds since 1970."""
     path = run.events_path if run.events_path.exists() else run.record_path
     return path.stat().st_mtime
 

@@ -382,6 +382,29 @@ def test_clean_leaves_what_a_runner_has_claimed_meanwhile():
     assert not folder.exists()
 
 
+def test_clean_removes_runs_with_what_only_they_use(capsys):
+    one = run(frame={"run": {"name": "one"}}).run_dir
+    two = run(lr=2e-5, frame={"run": {"name": "two"}}).run_dir
+    clean.command(False, Path("outputs"), ["one"])
+    shown = capsys.readouterr().out
+    assert "runs/one  run" in shown and shown.count("no run refers to it") == 2 and one.exists()
+    clean.command(True, Path("outputs"), ["one"])
+    assert not one.path.exists() and two.exists()
+    assert verify_command.command("all", Path("outputs")) == EXIT_DONE
+    assert "3 of 3 artifacts" in capsys.readouterr().out
+    week_ago = time.time() - 7 * 86400
+    os.utime(two.events_path, (week_ago, week_ago))
+    with Lock.acquire(two.lock_path):
+        clean.command(True, Path("outputs"), None, 6)
+        assert two.exists(), "it is running"
+        with pytest.raises(RecipeError, match="run two is running"):
+            clean.command(True, Path("outputs"), ["two"])
+    clean.command(True, Path("outputs"), None, 8)
+    assert two.exists()
+    clean.command(True, Path("outputs"), None, 6)
+    assert not two.path.exists() and not list(Path("outputs/store").glob("*/*"))
+
+
 def test_a_missing_outputs_folder_is_an_error():
     for command in (verify_command.command, clean.command):
         with pytest.raises(RecipeError, match="no outputs folder elsewhere"):
