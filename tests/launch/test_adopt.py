@@ -11,7 +11,7 @@ import pytest
 from test_run import Recorder, run
 from toy_stages import toy_recipe
 
-from posttrain.errors import EXIT_DONE, EXIT_FAILED, RecipeError
+from posttrain.errors import EXIT_DONE, EXIT_FAILED, RecipeError, StageError
 from posttrain.launch.adopt import adopt, first_non_finite
 from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.plan import make_plan
@@ -55,12 +55,19 @@ def test_it_takes_the_place_of_another_only_when_told():
     assert not list(Path("outputs/store").glob("*/.*"))
 
 
-def test_what_fails_leaves_the_artifact_that_was_there():
+def test_what_fails_leaves_the_artifact_that_was_there(monkeypatch):
     computed = run().run_dir.artifact("train").manifest["sha256"]
     empty = Path("empty")
     empty.mkdir()
     with pytest.raises(RecipeError, match="it has no history.jsonl"):
         adopt(plan(), "train", empty, force=True)
+
+    def fail(*_):
+        raise StageError("the structure is another one")
+
+    monkeypatch.setattr("posttrain.launch.adopt.seal", fail)
+    with pytest.raises(RecipeError, match="the structure is another one"):
+        adopt(plan(), "train", hand_made(), force=True)
     assert plan()["train"].artifact.manifest["sha256"] == computed
 
 
