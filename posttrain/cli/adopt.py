@@ -25,7 +25,7 @@ def command(
     from posttrain.launch.adopt import adopt
     from posttrain.pipeline.plan import make_plan
 
-    plan = make_plan(load_recipe(recipe, overrides or [], config_dir=config_dir))
+    plan = make_plan(load_recipe(recipe, overrides or [], config_dir=config_dir), replacing=stage)
     artifact = adopt(plan, stage, folder, force=force)
     typer.echo(f"{stage}: adopted as {artifact.folder}")
     if made_up := artifact.manifest["adopted"]["made_up"]:

@@ -112,7 +112,7 @@ def leftovers(outputs: Path, without: set[Path] = frozenset()) -> list[Leftover]
             found.append(_leftover(folder, "abandoned work folder"))
     for folder in store.artifacts():
         identity = (folder.parent.name, folder.name)
-        if identity not in wanted and not held(store.work_dir(*identity) / "lock"):
+        if identity not in wanted and not held(store.work_dir(*identity) / "lock") and not _adopted(folder, without):
             found.append(_leftover(folder, "no run refers to it"))
     stale = [
         _leftover(folder, "made from outputs that a forced rerun replaced")
@@ -121,6 +121,17 @@ def leftovers(outputs: Path, without: set[Path] = frozenset()) -> list[Leftover]
     stale += [_leftover(folder, "damaged; it was made again") for folder in sorted(store.root.glob("*/.damaged-*"))]
     stale += [_leftover(folder, "was just being removed") for folder in sorted(store.root.glob("*/.gone-*"))]
     return found + stale + _set_aside(store, wanted)
+
+
+def _adopted(folder: Path, without: set[Path]) -> bool:
+    """Whether an artifact was made by hand and is waiting for its first run; one whose runs are removed goes too."""
+    from posttrain.errors import RecipeError
+    from posttrain.pipeline.store import read_artifact
+
+    try:
+        return "adopted" in read_artifact(folder).manifest and not without
+    except RecipeError:
+        return False
 
 
 def _set_aside(store: Store, wanted: set[tuple[str, str]]) -> list[Leftover]:

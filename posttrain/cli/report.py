@@ -23,6 +23,7 @@ def command(
     open_: Annotated[bool, typer.Option("--open", help="Show it in the web browser.")] = False,
 ) -> None:
     """Write report.md and report.html of a run, finished or not, or comparing several, and print the path."""
+    from posttrain.errors import RecipeError
     from posttrain.pipeline.run_dir import find_run
     from posttrain.pipeline.sweep import find_sweep
     from posttrain.report import build, compare
@@ -32,6 +33,8 @@ def command(
     if found is not None:
         folder, record = found
         done = [point["run"] for point in record["points"] if point["run"]]
+        if not done:
+            raise RecipeError(f"no point of sweep {record['name']} has run yet", str(folder), "start it again")
         path = compare(folder, [outputs / "runs" / name for name in done], record)
     elif len(names) > 1:
         folders = [find_run(name, outputs).path for name in names]

@@ -37,11 +37,20 @@ def sweep(
 
     points = expand(overrides, config_dir)
     resolved = load_points(recipe, points, config_dir)
-    makes = [
-        partial(make_plan, one, **selection, name=f"{name}-{number}" if name else None)
-        for number, one in enumerate(resolved, 1)
-    ]
-    plans = [make() for make in makes]
+    makes, plans = [], []
+    forced: set[tuple[str, str]] = set()
+    for number, one in enumerate(resolved, 1):
+        make = partial(make_plan, one, **selection, name=f"{name}-{number}" if name else None)
+        plan = make()
+        again = [stage for stage in plan.stages if stage.forced]
+        if any((stage.stage.type, stage.key) in forced for stage in again):
+            # A stage that points share is forced once; the later points take what came of it.
+            left = [stage.name for stage in again if (stage.stage.type, stage.key) not in forced]
+            make = partial(make, force=left)
+            plan = make()
+        forced |= {(stage.stage.type, stage.key) for stage in again}
+        makes.append(make)
+        plans.append(plan)
     if dry_run:
         typer.echo("\n".join(table_of(points, plans)))
         return EXIT_DONE

@@ -18,7 +18,7 @@ from typing import Any
 from posttrain.data.config import EASY_TASKS, GymTasks
 from posttrain.errors import Problem, RecipeError
 
-PACKAGE, EXTRA = "reasoning_gym", "rl"
+PACKAGE = "reasoning_gym"
 TASK = "task"
 """Field of a row: the settings that `problem_of` makes its problem from again, and `Scorer` scores answers by."""
 
@@ -66,7 +66,7 @@ def require_package(where: str) -> None:
         raise RecipeError(
             f"the package {PACKAGE} is not installed; it makes and scores the tasks",
             where=where,
-            fix=f"pip install 'posttrain[{EXTRA}]'",
+            fix="pip install reasoning-gym",
         )
 
 

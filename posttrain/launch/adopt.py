@@ -17,10 +17,11 @@ from posttrain.errors import Problem, RecipeError, StageError
 from posttrain.launch.execute import Computed, host_facts, make_manifest, measure
 from posttrain.launch.job import CLAIM, LOCK, Job
 from posttrain.launch.source_code import source_code
-from posttrain.pipeline.files import clear, list_files, write_text
+from posttrain.pipeline.files import clear, discard_tree, list_files, write_text
 from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.lock import Lock, LockHeld
 from posttrain.pipeline.plan import Plan, StagePlan
+from posttrain.pipeline.rerun import files_before, files_of, retire_descendants
 from posttrain.pipeline.store import REQUIRED_FILES, Artifact, publish, seal
 
 MAY_BE_MADE_UP = {"history": {"history.jsonl": ""}}
@@ -46,6 +47,7 @@ def adopt(plan: Plan, name: str, folder: Path, *, force: bool = False) -> Artifa
         what = f"stage {name} has an artifact already"
         raise RecipeError(what, str(store.folder(type_, key)), "--force puts this one in its place")
     given, made_up = _outputs_in(planned, folder)
+    before = files_before(store, type_, key)
     job = _job(plan, planned)
     work_dir = store.work_dir(type_, key)
     try:
@@ -57,12 +59,15 @@ def adopt(plan: Plan, name: str, folder: Path, *, force: bool = False) -> Artifa
             except BaseException:
                 store.restore(type_, key)
                 raise
-            shutil.rmtree(work_dir, ignore_errors=True)
-            return artifact
+            discard_tree(work_dir)
     except LockHeld as error:
         raise RecipeError(f"stage {name} is being computed: {error}", fix="wait, or: posttrain cancel") from error
     except StageError as error:
         raise RecipeError(problems=in_section(error.problems, planned.stage, name)) from error
+    if before is not None:
+        # What was made from the artifact that was there is not made from this one.
+        retire_descendants(plan, name, before, files_of(artifact.manifest))
+    return artifact
 
 
 def _planned(plan: Plan, name: str) -> StagePlan:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from posttrain.errors import StageError
 from posttrain.launch.job import LOCK, OUTCOME, STOP, Job
 from posttrain.pipeline.lock import STALE_SECONDS, Owner, held, holder
 
@@ -94,7 +95,7 @@ def end_orphan(work_dir: Path, patience: float = 20.0) -> None:
     A worker on another machine is waited for, until its lock is stale.
 
     Raises:
-        TimeoutError: the lock is still held although its owner is gone.
+        StageError: the lock is still held although its owner is gone.
     """
     lock = work_dir / LOCK
     deadline = time.monotonic() + patience
@@ -106,7 +107,8 @@ def end_orphan(work_dir: Path, patience: float = 20.0) -> None:
     deadline = time.monotonic() + (5.0 if owner is None or owner.here else 2 * STALE_SECONDS)
     while held(lock):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{lock} is still held, but not by a process that can be ended")
+            what = f"{lock} is still held, by {owner or 'a process'} that cannot be ended from here"
+            raise StageError(what, str(lock), "end it where it runs, then: posttrain resume")
         time.sleep(0.05)
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, PosttrainError, StopRequested
@@ -44,7 +45,9 @@ def main(work_dir: Path) -> int:
         if device == "cuda":
             torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=LONGEST_WAIT)
-        context = make_context(job, work_dir, device, rank=rank, world_size=world, agree=agree)
+        asking = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if device == "cuda" else None
+        ranks = {"rank": rank, "world_size": world, "agree": partial(agree, group=asking)}
+        context = make_context(job, work_dir, device, **ranks)
         computed = compute(job, context)
         # Ranks that came out of step would have hung or failed before; this one waits for their last writes.
         dist.barrier()

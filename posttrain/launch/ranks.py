@@ -6,6 +6,7 @@ The agent tells which rank died of what, which `torchrun` as a command would hid
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def run_ranks(job: Job, work_dir: Path) -> dict[str, Any]:
         remove_tree(work_dir / RANKS)
     logs = work_dir / RANKS / "torchrun"
     logs.mkdir(parents=True)
+    if sys.platform == "linux":
+        # All ranks are on this machine, whose name need not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(job)))
     config = LaunchConfig(
         min_nodes=1,
@@ -52,20 +56,32 @@ def run_ranks(job: Job, work_dir: Path) -> dict[str, Any]:
         signals_to_handle="SIGQUIT",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.NONE),
     )
-    killed = ""
+    ended = ""
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "posttrain.launch.rank", str(work_dir))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited {failure.exitcode}"
-        killed = f"rank {rank} of {job.ranks} (process {failure.pid}) {how}"
+        rank, pid, code = first_to_end([(rank, one.pid, one.exitcode) for rank, one in error.failures.items()])
+        how = f"was killed by signal {-code}" if code < 0 else f"exited {code}"
+        ended = f"rank {rank} of {job.ranks} (process {pid}) {how}"
     reasons = sorted((read_json(file) for file in (work_dir / RANKS).glob("failure_*.json")), key=lambda r: r["time"])
-    if killed:
-        raise _failed(job, killed, reasons)
+    if ended:
+        raise _failed(job, ended, reasons)
     computed = read_json(work_dir / COMPUTED)
     if computed.pop("status") == "stopped":
         raise StopRequested(computed["step"])
     return computed
+
+
+def first_to_end(failures: list[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Of ranks that ended within one look, the one to blame, as (rank, pid, exit code).
+
+    One that was killed made the others fail in the operation that they shared; SIGTERM is how the agent ends the rest.
+    """
+
+    def innocence(code: int) -> int:
+        return 2 if code == -signal.SIGTERM else int(code >= 0)
+
+    return min(failures, key=lambda failure: (innocence(failure[2]), failure[0]))
 
 
 def threads_of_a_rank(job: Job) -> int:
@@ -73,15 +89,15 @@ def threads_of_a_rank(job: Job) -> int:
     return max(1, len(os.sched_getaffinity(0)) // job.ranks) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _failed(job: Job, killed: str, reasons: list[dict[str, Any]]) -> StageError:
+def _failed(job: Job, ended: str, reasons: list[dict[str, Any]]) -> StageError:
     """The first rank that says why, rather than those that failed for want of it."""
     known = [reason for reason in reasons if reason["known"]]
     if known:
         return StageError(problems=[Problem(*problem) for problem in known[0]["problems"]])
     # Those that a dead rank leaves behind fail in whatever operation they had with it.
-    others = [reason for reason in reasons if f"rank {reason['rank']} " in f"{killed} "]
+    others = [reason for reason in reasons if ended.startswith(f"rank {reason['rank']} ")]
     if others:
         return StageError(f"rank {others[0]['rank']} of {job.ranks} failed: {others[0]['traceback']}")
-    memory = "; the system kills processes that take too much memory" if "signal 9" in killed else ""
-    what = f"{killed}{memory}; the other ranks were ended"
+    memory = "; the system kills processes that take too much memory" if "signal 9" in ended else ""
+    what = f"{ended}{memory}; the other ranks were ended"
     return StageError(what, "engine.ranks", "posttrain resume goes on from the newest checkpoint")

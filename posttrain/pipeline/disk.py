@@ -64,7 +64,7 @@ def disk_error(error: BaseException, folder: Path) -> StageError | None:
             )
             what = f"{_KINDS[code]}: {error_line(seen)}"
             return StageError(what, str(place), fix)
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__
     return None
 
 

@@ -120,10 +120,8 @@ class Execution:
         for planned in self.plan.stages:
             if planned.status == "cached" and planned.artifact is not None:
                 self._cached(planned, planned.artifact)
-        for planned in self.plan.stages:
-            # Asked anew for each: an earlier stage that was run again may have made it a stage to do.
-            if not planned.to_do:
-                continue
+        # Asked anew each time: a stage that was run again may have made an earlier one a stage to do.
+        while (planned := self._next()) is not None:
             self._show_events()
             if self._stop_wanted():
                 return self._stopped()
@@ -134,6 +132,10 @@ class Execution:
             if status == "failed":
                 return "failed", EXIT_FAILED, message
         return "done", EXIT_DONE, ""
+
+    def _next(self) -> StagePlan | None:
+        """The first stage that is still to do."""
+        return next((one for one in self.plan.stages if one.to_do and one.name not in self.finished), None)
 
     def _stopped(self) -> tuple[str, int, str]:
         return "stopped", EXIT_STOPPED, self._how_to_continue()
@@ -151,16 +153,20 @@ class Execution:
         """`_stage`; where its worker finds inputs damaged, the stages that made them run again first."""
         status, message = self._stage(planned)
         while status == "damaged":
-            outcome = self._outcome(planned) or {}
-            for name, lines in outcome["damaged"].items():
-                parent = self.plan[planned.inputs[name].stage]
+            why, damaged = message, (self._outcome(planned) or {})["damaged"]
+            parents: dict[str, list[str]] = {}
+            for name, found in damaged.items():
+                parents.setdefault(planned.inputs[name].stage, []).extend(found)
+            for producer, found in parents.items():
+                parent, lines = self.plan[producer], list(dict.fromkeys(found))
                 adopted = "adopted" in self.finished[parent.name].manifest
                 if parent.name in self.repaired or not parent.selected or adopted:
-                    return self._failed(planned, message)
+                    return self._failed(planned, why)
                 self.repaired.add(parent.name)
                 self.display.note(f"{parent.name}: its artifact is damaged ({', '.join(lines)}); it is made again")
                 self.log.append("artifact_damaged", parent.name, lines=lines)
                 parent.status, parent.artifact, parent.damaged = "pending", None, True
+                del self.finished[parent.name]
                 status, message = self._stage_on_good_inputs(parent)
                 self._show_events()
                 if status not in ("done", "cached"):
@@ -193,9 +199,14 @@ class Execution:
                 claim = Lock.acquire(work_dir / CLAIM, patience=0)
             except LockHeld:
                 claim = None
-            if claim is not None and held(work_dir / LOCK) and Job.read(work_dir).attended:
-                self.display.note(f"{planned.name}: waiting for the worker of an earlier, dead runner to end")
-                end_orphan(work_dir)
+            try:
+                if claim is not None and held(work_dir / LOCK) and Job.read(work_dir).attended:
+                    self.display.note(f"{planned.name}: waiting for the worker of an earlier, dead runner to end")
+                    end_orphan(work_dir)
+            except BaseException:
+                if claim is not None:
+                    claim.release()
+                raise
             if claim is not None and not held(work_dir / LOCK):
                 return claim
             if claim is not None:
@@ -367,7 +378,8 @@ class Execution:
             lines.append(outcome["message"])
         else:
             lines.append(outcome.get("traceback") or outcome.get("message", ""))
-        lines.append(f"  log: {job.log}")
+        if job.log is not None:
+            lines.append(f"  log: {job.log}")
         resume = f"posttrain resume {self.run_dir.name}"
         # A resumed run keeps its recipe, so a fix of the recipe cannot be followed by that.
         advised = outcome is not None and outcome.get("advised")

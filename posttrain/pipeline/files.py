@@ -63,7 +63,10 @@ def discard_tree(folder: Path) -> None:
         os.rename(folder, gone)
     except FileNotFoundError:
         return
-    remove_tree(gone)
+    # What cannot be removed now (somebody else removes it, or a network file system keeps what is open) `clean` finds.
+    from shutil import rmtree
+
+    rmtree(gone, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:

@@ -156,9 +156,25 @@ class Lock:
     @property
     def held(self) -> bool:
         """Whether the lock is still this one: looked up on the disk."""
-        newest = _newest(self.path)
-        owner = _read_owner(newest) if newest == self._file else None
-        return owner is not None and owner.token == self._owner.token
+        for pause in (0.05, 0.5, 2.0, None):
+            try:
+                return self._is_ours()
+            except OSError:
+                # A server that does not answer has not taken the lock away.
+                if pause is None:
+                    raise
+                time.sleep(pause)
+        raise AssertionError
+
+    def _is_ours(self) -> bool:
+        """Raises OSError where the file system cannot tell now."""
+        if _newest(self.path) != self._file:
+            return False
+        try:
+            text = self._file.read_text()
+        except FileNotFoundError:
+            return False
+        return f'"{self._owner.token}"' in text
 
     def require(self) -> None:
         """Raises StageError when somebody else has taken the lock over."""
@@ -170,13 +186,14 @@ class Lock:
         if not self._end.is_set():
             self._end.set()
             # The folder may have been removed, or removed and made again with somebody else's lock of this number.
-            if self.held:
-                self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if self.held:
+                    self._file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
-                if self.held:
+                if self._is_ours():
                     os.utime(self._file)
                     continue
                 if self._end.is_set():
@@ -223,15 +240,21 @@ def _names(path: Path) -> list[str]:
 def _take(path: Path, before: Path | None, owner: Owner) -> Path | None:
     """Make the number after `before`, which holds nothing any more; None when somebody else was quicker."""
     replaced = _token(before)
+    if before is not None and replaced is None:
+        return None  # gone since we looked: numbers may have started anew
     file = path / str(int(before.name) + 1 if before is not None else 1)
     try:
         if path.is_file():
             path.unlink()  # a lock as earlier versions made it
         path.mkdir(parents=True, exist_ok=True)
         _make(file, json.dumps(asdict(owner)))
-    except (FileExistsError, FileNotFoundError):
-        # Somebody else made it, or removed the folder just now.
+    except FileNotFoundError:
+        # Somebody removed the folder just now.
         return None
+    except FileExistsError:
+        # Made by somebody else; or by us, where the server's answer was lost and the question was asked again.
+        if _token(file) != owner.token:
+            return None
     # Whoever makes a number takes away those before it. If `before` is gone, somebody did so between our look and now.
     if _newest(path) != file or _token(before) != replaced:
         file.unlink(missing_ok=True)

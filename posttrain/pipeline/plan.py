@@ -133,6 +133,7 @@ def make_plan(
     *,
     name: str | None = None,
     outputs: Path | None = None,
+    replacing: str | None = None,
 ) -> Plan:
     """Plan a resolved recipe; writes nothing but the user's cache of digests.
 
@@ -141,6 +142,7 @@ def make_plan(
         force: stages to run although they are in the store.
         name: run name instead of the recipe's or the default one.
         outputs: folder instead of the recipe's `paths.outputs`.
+        replacing: a stage whose artifact is about to be replaced, so that damage to it is no error.
 
     Raises:
         RecipeError: all references, checks and selections that are wrong, at once; or a name that no run may have.
@@ -156,7 +158,7 @@ def make_plan(
             raise RecipeError(f"--force {stage_name}: that stage is left out", fix="widen --from, --until or --only")
     folder = Path(os.path.abspath(outputs or resolved.frame.paths.outputs))
     previous = _previous_stages(resolved.recipe, folder)
-    stages = _Planner(resolved, graph, Store(folder / "store"), selected, forced, previous).plan()
+    stages = _Planner(resolved, graph, Store(folder / "store"), selected, forced, previous, replacing).plan()
     recipe_digest = digest_of_recipe(resolved, graph)
     run_name = name or resolved.frame.run.name or f"{resolved.recipe}-{recipe_digest[:8]}"
     return Plan(resolved, folder, run_name, recipe_digest, stages)
@@ -193,7 +195,9 @@ class _Planner:
         selected: set[str],
         forced: set[str],
         previous: dict[str, dict[str, Any]],
+        replacing: str | None,
     ) -> None:
+        self.replacing = replacing
         self.seed, self.resolved = resolved.frame.seed, resolved
         self.graph, self.store, self.selected, self.forced, self.previous = graph, store, selected, forced, previous
         self.device, self.ranks = resolved.frame.engine.device, resolved.frame.engine.ranks
@@ -242,7 +246,7 @@ class _Planner:
             self._note(name, error)
             return
         broken = damage(artifact.folder, content=False) if artifact is not None else []
-        if broken and artifact is not None and "adopted" in artifact.manifest:
+        if broken and artifact is not None and "adopted" in artifact.manifest and name != self.replacing:
             what = f"the adopted artifact of stage {name} is damaged: {', '.join(broken)}"
             fix = f"posttrain adopt it again with --force, or remove {artifact.folder} to have it computed"
             self._note(name, RecipeError(what, str(artifact.folder), fix))

@@ -42,12 +42,23 @@ def run_plan(plan: Plan, display: Display | None = None) -> RunResult:
             lock = Lock.acquire(run.lock_path)
         except LockHeld as error:
             result = follow(run, display, error.owner)
-            if result is not None:
+            if result is not None and (result.exit_code != EXIT_DONE or _done(plan)):
                 return result
-            display.note(f"the process that executed run {run.name} is gone; going on with it here")
+            gone = f"the process that executed run {run.name} is gone"
+            left = f"the process that executed run {run.name} had another selection of stages"
+            display.note(f"{gone if result is None else left}; going on with it here")
             continue
         with lock:
             return Execution(plan, run, display).run_all()
+
+
+def _done(plan: Plan) -> bool:
+    """Whether nothing that this plan was to do is left; what was forced is, since somebody else did not force it."""
+    return not any(
+        planned.forced or plan.store.find(planned.stage.type, planned.key) is None
+        for planned in plan.stages
+        if planned.selected
+    )
 
 
 def check_selection(plan: Plan) -> None:

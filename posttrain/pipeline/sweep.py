@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, Problem, RecipeError
+from posttrain.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    PosttrainError,
+    Problem,
+    RecipeError,
+)
 from posttrain.pipeline.execution import Display
 from posttrain.pipeline.files import read_json, write_json
 from posttrain.pipeline.fingerprint import digest
@@ -100,7 +108,7 @@ def run_sweep(
         display.note(f"point {number} of {len(points)}: {text}")
         try:
             result = run_plan(point.make(), display)
-        except RecipeError as error:
+        except PosttrainError as error:
             entry["status"] = "failed"
             failed.append((text, str(error)))
             write_json(folder / RECORD, record)

@@ -109,9 +109,10 @@ def best(name: str, values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
     if len(set(known)) < 2:
         return None
-    if any(word in name for word in LOWER):
-        return min(known)
-    return max(known) if any(word in name for word in HIGHER) else None
+    metric = name.rpartition(": ")[2]
+    if any(word in metric for word in HIGHER):
+        return max(known)
+    return min(known) if any(word in metric for word in LOWER) else None
 
 
 def blocks(title: str, entries: Sequence[Entry], record: Json | None) -> list[Block]:

@@ -19,7 +19,10 @@ BUCKET_BYTES = 64 * 2**20
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every trained parameter's gradient by the sum over ranks; a missing one counts as zero."""
+    """Replace every trained parameter's gradient by the sum over ranks; a missing one counts as zero.
+
+    One that is missing on all ranks becomes zero too, where a single rank would leave the parameter out of the step.
+    """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         if parameter.grad is None:

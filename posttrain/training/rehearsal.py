@@ -29,7 +29,9 @@ def rehearse_save(folder: Path, model: nn.Module, config: PreTrainedConfig, dtyp
     try:
         scratch.mkdir(parents=True)
         free = shutil.disk_usage(scratch).free
-        if free < needed:
+        # Checkpoints of an earlier attempt are counted among those needed, and give way to new ones.
+        there = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
+        if free + there < needed:
             raise StageError(
                 f"too little space: checkpoints and results need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
                 where=str(folder),

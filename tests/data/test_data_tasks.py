@@ -105,22 +105,22 @@ def test_no_tasks_at_all_are_refused() -> None:
         config(gym={"tasks": {}})
 
 
-def test_without_the_package_the_plan_names_the_extra(monkeypatch) -> None:
+def test_without_the_package_the_plan_names_it(monkeypatch) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     for ask in (STAGE.describe, STAGE.check):
-        with pytest.raises(RecipeError, match=r"(?s)reasoning_gym is not installed.*posttrain\[rl\]"):
+        with pytest.raises(RecipeError, match=r"(?s)reasoning_gym is not installed.*pip install reasoning-gym"):
             ask(config(), {})
     with pytest.raises(RecipeError, match="not installed"):
         STAGE.external(config())
 
 
-def test_the_extra_is_declared() -> None:
+def test_the_package_is_a_dependency() -> None:
     import tomllib
     from pathlib import Path
 
     root = Path(__file__).parents[2]
-    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert any(line.startswith("reasoning-gym") for line in extras[tasks.EXTRA])
+    needed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert any(line.startswith("reasoning-gym") for line in needed)
     assert f"reasoning_gym=={tasks.package_version()}" in (root / "constraints.txt").read_text()
 
 

@@ -52,7 +52,7 @@ def test_it_takes_the_place_of_another_only_when_told():
         adopt(plan(), "train", hand_made())
     adopted = adopt(plan(), "train", hand_made(), force=True)
     assert adopted.folder == computed.folder and adopted.manifest["sha256"] != computed.manifest["sha256"]
-    assert not list(Path("outputs/store").glob("*/.*"))
+    assert [path.name[:7] for path in Path("outputs/store").glob("*/.*")] == [".stale-"], "evaluate's, of the old one"
 
 
 def test_what_fails_leaves_the_artifact_that_was_there(monkeypatch):
@@ -119,6 +119,26 @@ def test_a_damaged_adopted_artifact_is_never_replaced_by_a_computed_one():
     file.write_text("")
     with pytest.raises(RecipeError, match="the adopted artifact of stage train is damaged"):
         plan()
+    assert adopt(make_plan(toy_recipe(), replacing="train"), "train", hand_made(), force=True).folder == artifact.folder
+    assert plan()["train"].status == "cached"
+
+
+def test_what_was_made_from_a_replaced_artifact_is_made_again():
+    run()
+    adopt(plan(), "train", hand_made(), force=True)
+    assert plan()["evaluate"].status == "pending"
+    result = run()
+    metrics = json.loads((result.run_dir.artifact("evaluate").folder / "evaluation" / "metrics.json").read_text())
+    assert metrics == {"rows": 1}
+
+
+def test_clean_leaves_an_adopted_artifact_that_waits_for_its_run():
+    from posttrain.cli import clean
+
+    run(selection={"until": "data"})
+    artifact = adopt(plan(lr=7.0), "train", hand_made())
+    clean.command(True, Path("outputs"))
+    assert artifact.folder.exists()
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "F64", "I64"])

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import toy_stages
-from toy_stages import toy_recipe
+from toy_stages import ToyTrainConfig, toy_recipe
 
 from posttrain.cli import cancel, clean, live, logs, status
 from posttrain.cli import verify as verify_command
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, RecipeError
 from posttrain.launch import local
 from posttrain.launch.signals import Interrupts
+from posttrain.pipeline.files import remove_tree
 from posttrain.pipeline.lock import Lock, held
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.progress import state_of
@@ -217,6 +218,47 @@ def test_a_second_runner_follows_the_first():
     assert result.followed and result.exit_code == EXIT_DONE and runner.wait() == 0
     assert "following it" in display.notes[0]
     assert any(event["event"] == "stage_finished" for event in display.events)
+
+
+def test_a_follower_with_more_to_do_goes_on_after_the_one_it_followed():
+    results = {}
+
+    def go(name, **settings):
+        results[name] = run(steps=8, pause=0.1, **settings)
+
+    first = threading.Thread(target=go, args=("part",), kwargs={"selection": {"until": "train"}})
+    first.start()
+    wait_for(lambda: steps_done() > 1)
+    go("whole")
+    first.join()
+    assert results["part"].exit_code == results["whole"].exit_code == EXIT_DONE
+    assert results["whole"].run_dir.artifact("evaluate") is not None
+    assert started(results["whole"]) == ["evaluate"]
+
+
+def test_two_damaged_inputs_of_one_stage_are_repaired_together():
+    first = run()
+    data = first.run_dir.artifact("data").folder
+    for name in ("train", "heldout"):
+        (data / name / "rows.jsonl").write_text((data / name / "rows.jsonl").read_text().replace("row 0", "row X"))
+    for stage in ("train", "evaluate"):
+        remove_tree(first.run_dir.artifact(stage).folder)
+    display = Recorder()
+    result = run(display)
+    assert result.exit_code == EXIT_DONE and verify_command.command("all", Path("outputs")) == EXIT_DONE
+    assert sum("its artifact is damaged" in note for note in display.notes) == 1
+
+
+def test_a_repair_that_comes_out_differently_has_earlier_stages_made_again():
+    """`evaluate` is in the store, and its turn is over when `later` finds that `train` is damaged."""
+    first = run()
+    history = first.run_dir.artifact("train").folder / "history" / "history.jsonl"
+    history.write_text(history.read_text().replace("0.5", "0.6"))
+    more = {"later": ToyTrainConfig(lr=3e-5, inputs={"data": "data.train", "before": "train.history"})}
+    done = run(extra=more, noise=0.25)
+    assert done.exit_code == EXIT_DONE
+    assert sorted(started(done)) == ["evaluate", "later", "later", "train"]
+    assert all(done.run_dir.artifact(name) is not None for name in ("data", "train", "evaluate", "later"))
 
 
 def test_a_follower_goes_on_when_the_runner_it_follows_is_killed():

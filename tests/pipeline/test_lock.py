@@ -244,3 +244,39 @@ def test_a_lock_file_of_an_earlier_version_is_replaced(tmp_path):
     (tmp_path / "lock").write_text('{"pid": 1, "start": "2"}')
     with Lock.acquire(tmp_path / "lock", patience=0):
         assert held(tmp_path / "lock")
+
+
+def test_a_taker_whose_number_was_gone_before_it_looked_again_backs_out(tmp_path):
+    """It saw number 5 dead; then another made 6 and let go of it, and a third has 1 in the empty folder."""
+    path = tmp_path / "lock"
+    stale = write_lock(path, gone_process(), 5)
+    stale.unlink()
+    write_lock(path, this_process(), 1)
+    assert locks._take(path, stale, this_process()) is None
+    assert [entry.name for entry in path.iterdir()] == ["1"]
+
+
+def test_a_server_that_does_not_answer_has_not_taken_the_lock_away(tmp_path, monkeypatch):
+    lock = Lock.acquire(tmp_path / "lock")
+    real, failures = Path.read_text, [OSError(116, "Stale file handle")]
+
+    def read(self, *arguments, **options):
+        if failures and self.name.isdigit():
+            raise failures.pop()
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert lock.held and not lock.lost and not failures
+    lock.release()
+
+
+def test_a_link_whose_answer_was_lost_is_still_ours(tmp_path, monkeypatch):
+    real = os.link
+
+    def link(source, target):
+        real(source, target)
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(os, "link", link)
+    with Lock.acquire(tmp_path / "lock", patience=0) as lock:
+        assert lock.held
