@@ -33,7 +33,7 @@ setup: $(STAMP) ## Make .venv with everything in it (versions of constraints.txt
 demo: $(STAMP) ## Upcycle SmolLM2-135M to MLA, distil it and write the report (about 10 minutes on two cores)
 	$(BIN)/posttrain run x_ecomla scale=demo
 
-test: $(STAMP) ## Run the tests (a quarter of an hour on two cores)
+test: $(STAMP) ## Run the tests (about twenty minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Without conftest.py, whose fixtures are for tests that have torch.

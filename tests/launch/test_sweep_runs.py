@@ -10,7 +10,9 @@ import pytest
 from toy_stages import toy_recipe
 
 from posttrain.cli import report as report_command
-from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError
+from posttrain.config.sweep import Point
+from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, StageError
+from posttrain.pipeline import sweep as sweep_module
 from posttrain.pipeline.execution import Quiet
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.run_dir import RunDir
@@ -63,6 +65,35 @@ def test_a_failing_point_does_not_keep_the_others_from_running():
     record = json.loads((result.folder / "sweep.json").read_text())
     assert [entry["status"] for entry in record["points"]] == ["done", "failed", "done"]
     assert "stage train failed" in (result.folder / "report.md").read_text()
+
+
+def test_a_point_whose_stage_cannot_go_on_does_not_end_the_sweep(monkeypatch):
+    real, calls = sweep_module.run_plan, []
+
+    def once(plan, display):
+        calls.append(plan)
+        if len(calls) == 2:
+            raise StageError("its lock is held by a process that cannot be ended")
+        return real(plan, display)
+
+    monkeypatch.setattr(sweep_module, "run_plan", once)
+    result = sweep(points())
+    assert result.exit_code == EXIT_FAILED and len(result.failed) == 1 and len(calls) == 3
+
+
+def test_a_shared_stage_is_forced_once(monkeypatch):
+    from posttrain.cli import sweep as command
+
+    recipes = [toy_recipe(lr=lr) for lr in (1e-5, 2e-5)]
+    found = [Point({"stages.train.lr": str(lr)}, ()) for lr in (1e-5, 2e-5)]
+    monkeypatch.setattr("posttrain.config.sweep.expand", lambda *_: found)
+    monkeypatch.setattr("posttrain.config.sweep.load_points", lambda *_: recipes)
+    selection = {"from_": None, "until": None, "only": None}
+    assert command.sweep("toy", [], None, {**selection, "force": ()}, None, yes=True) == EXIT_DONE
+    before = started()
+    assert command.sweep("toy", [], None, {**selection, "force": ("data", "train")}, None, yes=True) == EXIT_DONE
+    again = started() - before
+    assert again["data"] == 1 and again["train"] == 2
 
 
 class StopAt:
@@ -125,6 +156,7 @@ def test_any_runs_can_be_compared(capsys):
         ("evaluate: perplexity", [3.0, 2.0, None], 2.0),
         ("evaluate: accuracy", [0.1, 0.5], 0.5),
         ("evaluate: tokens", [1.0, 2.0], None),
+        ("sft_kl: accuracy", [0.1, 0.5], 0.5),
         ("train: loss", [1.0, 1.0], None),
         ("train: loss", [float("nan"), 2.0, 1.0], 1.0),
     ],

@@ -87,3 +87,12 @@ def test_torch_does_not_say_why_a_write_failed(monkeypatch, tmp_path: Path):
 def test_other_errors_are_not_the_disks(tmp_path: Path):
     for error in (ValueError("x"), FileNotFoundError(errno.ENOENT, "No such file", "/x"), RuntimeError("os error 2")):
         assert disk_error(error, tmp_path) is None
+
+
+def test_an_error_that_was_handled_before_is_not_blamed(tmp_path: Path):
+    with pytest.raises(ValueError) as caught:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/x")
+        except OSError:
+            raise ValueError("something else, while that one was looked after")  # noqa: B904
+    assert disk_error(caught.value, tmp_path) is None
