@@ -69,6 +69,7 @@ class ToyTrain(Stage):
     type = "toy_train"
     Config = ToyTrainConfig
     inputs = {"data": InputSpec("dataset"), "before": InputSpec("history", optional=True)}
+    inputs["more"] = InputSpec("dataset", optional=True)
     outputs = {"history": "history"}
 
     def check(self, cfg, inputs):

@@ -221,30 +221,26 @@ def test_a_second_runner_follows_the_first():
 
 
 def test_a_follower_with_more_to_do_goes_on_after_the_one_it_followed():
-    results = {}
-
-    def go(name, **settings):
-        results[name] = run(steps=8, pause=0.1, **settings)
-
-    first = threading.Thread(target=go, args=("part",), kwargs={"selection": {"until": "train"}})
+    first = threading.Thread(target=run, kwargs={"steps": 25, "pause": 0.1, "selection": {"until": "train"}})
     first.start()
     wait_for(lambda: steps_done() > 1)
-    go("whole")
+    display = Recorder()
+    whole = run(display, steps=25, pause=0.1)
     first.join()
-    assert results["part"].exit_code == results["whole"].exit_code == EXIT_DONE
-    assert results["whole"].run_dir.artifact("evaluate") is not None
-    assert started(results["whole"]) == ["evaluate"]
+    assert any("had another selection of stages" in note for note in display.notes)
+    assert whole.exit_code == EXIT_DONE and whole.run_dir.artifact("evaluate") is not None
+    assert started(whole) == ["evaluate"]
 
 
 def test_two_damaged_inputs_of_one_stage_are_repaired_together():
-    first = run()
+    inputs = {"inputs": {"more": "data.heldout"}}
+    first = run(**inputs)
     data = first.run_dir.artifact("data").folder
     for name in ("train", "heldout"):
         (data / name / "rows.jsonl").write_text((data / name / "rows.jsonl").read_text().replace("row 0", "row X"))
-    for stage in ("train", "evaluate"):
-        remove_tree(first.run_dir.artifact(stage).folder)
+    remove_tree(first.run_dir.artifact("train").folder)
     display = Recorder()
-    result = run(display)
+    result = run(display, **inputs)
     assert result.exit_code == EXIT_DONE and verify_command.command("all", Path("outputs")) == EXIT_DONE
     assert sum("its artifact is damaged" in note for note in display.notes) == 1
 

@@ -157,6 +157,7 @@ def test_any_runs_can_be_compared(capsys):
         ("evaluate: accuracy", [0.1, 0.5], 0.5),
         ("evaluate: tokens", [1.0, 2.0], None),
         ("sft_kl: accuracy", [0.1, 0.5], 0.5),
+        ("for_accuracy: perplexity", [3.0, 2.0], 2.0),
         ("train: loss", [1.0, 1.0], None),
         ("train: loss", [float("nan"), 2.0, 1.0], 1.0),
     ],
