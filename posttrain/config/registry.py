@@ -22,6 +22,8 @@ STAGES: dict[str, str] = {
     "distill": "posttrain.methods.distillation.stage:Distill",
     "sft": "posttrain.methods.sft.stage:Sft",
     "preference": "posttrain.methods.preference.stage:Preference",
+    "grpo": "posttrain.methods.grpo.stage:Grpo",
+    "riskpo": "posttrain.methods.riskpo.stage:Riskpo",
     "evaluate": "posttrain.methods.evaluation.stage:Evaluate",
     "export": "posttrain.methods.export.stage:Export",
 }

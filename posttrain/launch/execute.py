@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from posttrain.config import plugins, registry
-from posttrain.errors import DamagedInputs, PosttrainError, RecipeError, StageError
-from posttrain.launch.job import Job, clear_work
+from posttrain.errors import EXIT_FAILED, DamagedInputs, PosttrainError, RecipeError, StageError
+from posttrain.launch.job import Job, clear_work, describe_failure, write_outcome
 from posttrain.launch.source_code import SourceCode, source_code
 from posttrain.pipeline.context import InputArtifact, StageContext
+from posttrain.pipeline.disk import free_reserve
 from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.files import list_files, remove_tree
 from posttrain.pipeline.fingerprint import changed_external
@@ -170,7 +172,11 @@ def clear_leftovers(work_dir: Path) -> None:
 
 
 def make_context(job: Job, work_dir: Path, device: str, **ranks: Any) -> StageContext:
-    """The context of a job, reporting to its run's event log; `ranks`: its fields `rank`, `world_size` and `agree`."""
+    """The context of a job, reporting to its run's event log.
+
+    Args:
+        ranks: its fields `rank`, `world_size`, `agree` and `abandon`, where there are several.
+    """
     config = registry.stage(job.type).config_for(job.config).model_validate(job.config)
     log = EventLog(Path(job.events))
 
@@ -191,8 +197,16 @@ def make_context(job: Job, work_dir: Path, device: str, **ranks: Any) -> StageCo
         tracker=job.tracker,
         emit=emit,
         profile=_profile(job),
-        **ranks,
+        **{"abandon": partial(give_up, work_dir), **ranks},
     )
+
+
+def give_up(work_dir: Path, error: Exception) -> NoReturn:
+    """End this worker at once as failed, whatever its other threads wait for."""
+    free_reserve(work_dir)
+    outcome = write_outcome(work_dir, "failed", **describe_failure(error, work_dir))
+    print(f"posttrain: failed {outcome['message']}", flush=True)
+    os._exit(EXIT_FAILED)
 
 
 def _profile(job: Job) -> tuple[Path, int] | None:

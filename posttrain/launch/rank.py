@@ -16,6 +16,7 @@ import traceback
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, PosttrainError, StopRequested
 from posttrain.launch.job import Job, describe_failure
@@ -46,7 +47,12 @@ def main(work_dir: Path) -> int:
             torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=LONGEST_WAIT)
         asking = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if device == "cuda" else None
-        ranks = {"rank": rank, "world_size": world, "agree": partial(agree, group=asking)}
+        ranks = {
+            "rank": rank,
+            "world_size": world,
+            "agree": partial(agree, group=asking),
+            "abandon": partial(_fail, work_dir, rank),
+        }
         context = make_context(job, work_dir, device, **ranks)
         computed = compute(job, context)
         # Ranks that came out of step would have hung or failed before; this one waits for their last writes.
@@ -58,16 +64,21 @@ def main(work_dir: Path) -> int:
             write_json(work_dir / COMPUTED, {"status": "stopped", "step": stop.step})
     except (PosttrainError, Exception) as error:
         traceback.print_exc()
-        free_reserve(work_dir)
-        (work_dir / RANKS).mkdir(exist_ok=True)
-        failure = {"rank": rank, "time": time.time(), **describe_failure(error, work_dir)}
-        write_json(work_dir / RANKS / f"failure_{rank}.json", failure)
-        # No goodbye to the others: they may be waiting for this rank in an operation that cannot end.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(EXIT_FAILED)
+        _fail(work_dir, rank, error)
     dist.destroy_process_group()
     return EXIT_DONE
+
+
+def _fail(work_dir: Path, rank: int, error: Exception) -> NoReturn:
+    """Leave the reason and end this rank at once."""
+    free_reserve(work_dir)
+    (work_dir / RANKS).mkdir(exist_ok=True)
+    failure = {"rank": rank, "time": time.time(), **describe_failure(error, work_dir)}
+    write_json(work_dir / RANKS / f"failure_{rank}.json", failure)
+    # No goodbye to the others: they may be waiting for this rank in an operation that cannot end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAILED)
 
 
 def _die_with_parent() -> None:

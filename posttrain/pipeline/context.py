@@ -50,6 +50,8 @@ class StageContext:
     timing: dict[str, Any] = field(default_factory=dict)
     agree: Callable[[Any], Any] | None = None
     """Gives every rank the first one's value (something JSON can hold); None with one rank."""
+    abandon: Callable[[Exception], NoReturn] | None = None
+    """Records why this process gives up and ends it at once, from any thread; None outside a worker."""
     _last_progress: float = 0.0
 
     @property

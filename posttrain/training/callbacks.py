@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,22 @@ from posttrain.pipeline.context import StageContext
 
 
 class StageCallback(TrainerCallback):
-    """Reports progress and metrics to the stage's context, and asks for a save when one is due or a stop is wanted."""
+    """Reports progress and metrics to the stage's context, and asks for a save when one is due or a stop is wanted.
 
-    def __init__(self, ctx: StageContext, tokens_per_step: int, save_every: int, save_seconds: float) -> None:
+    Args:
+        saves_at: whether the state after that step can be resumed from exactly; at others a stop waits.
+    """
+
+    def __init__(
+        self,
+        ctx: StageContext,
+        tokens_per_step: int,
+        save_every: int,
+        save_seconds: float,
+        saves_at: Callable[[int], bool] = lambda step: True,
+    ) -> None:
         self.ctx = ctx
+        self.saves_at = saves_at
         self.tokens_per_step = tokens_per_step
         self.save_every = save_every
         self.save_seconds = save_seconds
@@ -26,6 +39,7 @@ class StageCallback(TrainerCallback):
         self.steps = 0
         """Training time and optimiser steps of this attempt, without those of attempts before."""
         self._began = self._saved = time.monotonic()
+        self._due_since = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,14 +58,18 @@ class StageCallback(TrainerCallback):
         self.steps += 1
         self.seconds = now - self._began
         last = state.global_step >= state.max_steps
+        self._due_since = self._due_since or self._due(state.global_step, now)
+        if not self.saves_at(state.global_step):
+            return control
         if self.ctx.should_stop():
             self.stopped = control.should_training_stop = control.should_save = True
-        elif not last and self.ctx.same(self._due(state.global_step, now)):
+        elif not last and self.ctx.same(self._due_since):
             control.should_save = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved = time.monotonic()
+        self._due_since = False
 
     def on_log(
         self,

@@ -89,6 +89,14 @@ class TrainingConfig(StageConfig):
         2, ge=1, description="Newest complete checkpoints kept while training.", json_schema_extra=NOT_IN_KEY
     )
 
+    hang_seconds: float = Field(
+        1800.0,
+        ge=0,
+        description="A rank that makes no progress for so long is ended, with a file that says where it stood; "
+        "0 = never.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+
     @model_validator(mode="after")
     def _types_that_do_something(self) -> Self:
         for name in ("residual_dtype", "logits_dtype"):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from posttrain.errors import StageError
 from posttrain.models.architecture import normalise
 from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.files import read_json, write_json
 from posttrain.training import checkpoints, distributed, speed
 from posttrain.training.arguments import training_arguments
 from posttrain.training.callbacks import ProfileCallback, StageCallback, history_row
@@ -27,10 +28,11 @@ from posttrain.training.config import TrainingConfig
 from posttrain.training.estimate import ActivationPlan, activation_plan
 from posttrain.training.graphed import GraphedMicroStep
 from posttrain.training.meter import LAG, Meter
+from posttrain.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, STAGE_STATE = "model.safetensors", "stage_state.json"
 
 
 class StageTrainer(Trainer):
@@ -60,7 +62,7 @@ class StageTrainer(Trainer):
         config: TrainingConfig,
         model: PreTrainedModel,
         train_dataset: Dataset[Any],
-        data_collator: Callable[[list[Any]], dict[str, Any]],
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None,
         *,
         tokens_per_step: int,
         frozen: Sequence[PreTrainedModel] = (),
@@ -72,7 +74,8 @@ class StageTrainer(Trainer):
     ) -> None:
         self.ctx, self.config = ctx, config
         self.frozen, self.whole_rows = frozen, whole_rows
-        self.watch = StageCallback(ctx, tokens_per_step, config.save_every, config.save_seconds)
+        self.watch = StageCallback(ctx, tokens_per_step, config.save_every, config.save_seconds, self.saves_at)
+        self.watchdog = Watchdog(ctx, config.hang_seconds)
         self._parts: dict[str, Tensor] = {}
         self._step_loss: Tensor | float = 0.0
         self._skip: Tensor | None = None
@@ -93,7 +96,7 @@ class StageTrainer(Trainer):
                 **(arguments or {}),
             ),
             train_dataset=train_dataset,
-            data_collator=data_collator,
+            **({} if data_collator is None else {"data_collator": data_collator}),
             callbacks=[self.watch, *([ProfileCallback(*ctx.profile)] if ctx.profile and ctx.rank == 0 else [])],
             **trainer_kwargs,
         )
@@ -127,11 +130,29 @@ class StageTrainer(Trainer):
         self.meter = Meter(self.meter.lag)
         if self._skip is not None:
             self._skip.zero_()
-        with self.fast():
+        if newest is not None:
+            self._load_stage_state(newest)
+        with self.watchdog, self.fast():
             self.train(resume_from_checkpoint=str(newest) if newest else None)
         if self.watch.stopped:
             self.ctx.stop(self.state.global_step)
         return [history_row(entry) for entry in self.state.log_history if "loss" in entry]
+
+    def saves_at(self, step: int) -> bool:
+        """Whether the state after that optimiser step is all that a resumed run needs."""
+        return True
+
+    def stage_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights, optimiser and random numbers; JSON-able, the same on every rank."""
+        return {}
+
+    def load_stage_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `stage_state` gave."""
+
+    def _load_stage_state(self, checkpoint: Path) -> None:
+        path = checkpoint / STAGE_STATE
+        if path.is_file():
+            self.load_stage_state(read_json(path))
 
     def _newest_checkpoint(self) -> Path | None:
         """The same on every rank; the first one deletes what cannot be used."""
@@ -240,6 +261,7 @@ class StageTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.watchdog.beat(f"step {self.state.global_step + 1}")
         if self._graphed is not None:
             model.train()
             loss, parts = self._graphed(self._prepare_inputs(inputs))
@@ -329,12 +351,15 @@ class StageTrainer(Trainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.watchdog.beat(f"saving step {self.state.global_step}")
         # Before anything is written: a step that was not finite raises here, and the history is complete.
         self._report(flush=True)
         folder, step = Path(self.args.output_dir), self.state.global_step
         self.ctx.first_does(lambda: str(checkpoints.begin(folder, step)))
         try:
             super()._save_checkpoint(model, trial)
+            if self.ctx.rank == 0 and (state := self.stage_state()):
+                write_json(checkpoints.checkpoint_path(folder, step) / STAGE_STATE, state)
         except BaseException:
             # On a full disk half a checkpoint would be in the way of everything, the next attempt included.
             shutil.rmtree(checkpoints.checkpoint_path(folder, step), ignore_errors=True)

@@ -28,6 +28,9 @@ TRL_ARGUMENTS: dict[str, Any] = {
     "fp16": False,
 }
 
+NOT_OF_THE_RESULT = ("num_tokens", "step_time")
+"""Metrics that are not the same on every run: TRL does not restore its count of tokens, and times a step."""
+
 COMPILED_WIDTHS = 128
 """Tokens between two widths of padded batches where layers are compiled."""
 
@@ -49,7 +52,7 @@ class TrlStageTrainer(StageTrainer):
       TRL loss that divides by `num_items_in_batch` does with `_get_num_items_in_batch` overridden; one that is a mean
       over the micro-batch's rows does when multiplied by `self.share_of_step(rows)`.
     - TRL reads numbers from the device at every micro-batch, so that nothing is logged late and nothing is captured.
-    - Its metrics enter the history, but for the count of tokens, which it does not restore when resumed.
+    - Its metrics enter the history, but for those of `NOT_OF_THE_RESULT`.
     - Nothing is sent anywhere: no telemetry, no model card.
     - The model's and the tokenizer's special tokens are as before after construction.
 
@@ -66,7 +69,7 @@ class TrlStageTrainer(StageTrainer):
         config: TrainingConfig,
         model: PreTrainedModel,
         train_dataset: Dataset,
-        data_collator: Callable[[list[Any]], dict[str, Any]],
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None,
         *,
         tokens_per_step: int,
         processing_class: PreTrainedTokenizerBase,
@@ -104,7 +107,8 @@ class TrlStageTrainer(StageTrainer):
         return rows / self.config.sequences_per_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._metrics["train"].pop("num_tokens", None)
+        for name in NOT_OF_THE_RESULT:
+            self._metrics["train"].pop(name, None)
         super().log(logs, start_time)
 
     def _send_telemetry(self) -> None:

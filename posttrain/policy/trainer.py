@@ -1,0 +1,362 @@
+"""Policy-gradient training on TRL's `GRPOTrainer`: its loss and metrics; our roll-outs, rewards, checkpoints and rails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import gather, set_seed
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import RepeatSampler
+
+from posttrain.generation import Sampling, unsupported
+from posttrain.generation.tokens import stop_tokens
+from posttrain.pipeline.context import StageContext
+from posttrain.policy.completions import CompletionLog
+from posttrain.policy.config import PolicyConfig
+from posttrain.policy.data import ROW, Prompts
+from posttrain.policy.rails import Rails
+from posttrain.policy.rollout import EngineRollout
+from posttrain.rewards.score import RewardSet
+from posttrain.training import checkpoints
+from posttrain.training.adapters import peft_config
+from posttrain.training.selection import select_trainable
+from posttrain.training.trl_seam import TrlStageTrainer, ordered_rows, padding_multiple, require_trl
+
+GRPO_RELIED_ON = {
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate_single_turn": (
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ),
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_compute_loss": ("self", "model", "inputs"),
+}
+"""Methods of TRL's `GRPOTrainer` that are replaced or called here, with their parameters."""
+
+DRAWS, SHUFFLE = 0, 1
+"""What the random numbers of a roll-out batch are for."""
+
+
+class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
+    """Trains `model` on questions; subclasses override `advantages_of`.
+
+    - A roll-out batch depends on seed, step and weights alone, never on random numbers drawn before: a run that is
+      resumed at the border of two batches goes on bit for bit.
+    - Its checkpoints lie at such borders only, because completions in use are not saved.
+    - Rewards are scored in processes of their own; TRL's reward functions are not called.
+
+    Attributes:
+        rewards: `[completions of all ranks, rewards]` of the batch in use, NaN where one could not be scored.
+    """
+
+    config: PolicyConfig
+
+    def __init__(
+        self,
+        ctx: StageContext,
+        config: PolicyConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        reward_set: RewardSet,
+    ) -> None:
+        require_trl(trl.GRPOTrainer, GRPO_RELIED_ON)
+        select_trainable(model, config.trainable)
+        self.reward_set, self.names = reward_set, list(config.rewards)
+        self.rails = Rails(ctx, config)
+        self.completion_log = CompletionLog(ctx.work_dir, config.kept_completions if ctx.rank == 0 else 0)
+        self.rewards = torch.empty(0)
+        self.clock = Clock()
+        self._logprobs: Tensor | None = None
+        policy = model
+        super().__init__(
+            ctx,
+            config,
+            model,
+            ordered_rows(prompts.rows, config.rollouts * config.questions_per_batch, ctx.seed),
+            None,
+            tokens_per_step=config.sequences_per_step * (prompts.longest + config.max_completion_length),
+            processing_class=tokenizer,
+            arguments_class=trl.GRPOConfig,
+            arguments=trl_arguments(ctx, config),
+            reward_funcs=[_Named(name) for name in self.names],
+            **({"peft_config": peft_config(config.lora)} if config.lora else {}),
+        )
+        self.rollout = self._rollout(policy, prompts.longest)
+
+    def _rollout(self, policy: PreTrainedModel, longest_prompt: int) -> EngineRollout | None:
+        """Our engine, or None for TRL's own ways to generate."""
+        config = self.config
+        if not uses_engine(config, policy):
+            return None
+        sampling = Sampling(
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            stop=stop_tokens(policy, self.processing_class),
+        )
+        rows = min(config.rollout_rows, config.generation_batch_size // self.ctx.world_size)
+        return EngineRollout(policy, sampling, rows, longest_prompt, config.rollout_dtype)
+
+    def trained(self) -> PreTrainedModel:
+        """The model to save, adapters merged in."""
+        return self.model.merge_and_unload() if self.config.lora else self.model
+
+    # ----- order, borders of roll-out batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """Every question `num_generations` times in a row; a batch's questions again for each use of the batch."""
+        return RepeatSampler(
+            data_source=self.train_dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.config.questions_per_batch,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=False,
+        )
+
+    def saves_at(self, step: int) -> bool:
+        return step % self.config.steps_per_rollout == 0
+
+    def stage_state(self) -> dict[str, Any]:
+        return {"rails": self.rails.state()}
+
+    def load_stage_state(self, state: dict[str, Any]) -> None:
+        self.rails.load(state["rails"])
+
+    def _stop_if_asked(self) -> None:
+        """Before completions are written: nothing has happened since the last step, so its state is the state now."""
+        step = self.state.global_step
+        self.watchdog.beat(f"roll-out for step {step + 1}")
+        if not self.ctx.should_stop():
+            return
+        if step and not self.ctx.first_does(
+            lambda: (checkpoints.checkpoint_path(self.ctx.checkpoint_dir, step) / checkpoints.MARKER).is_file()
+        ):
+            self._save_checkpoint(self.model, None)
+        self.ctx.stop(step)
+
+    def _seed_of(self, purpose: int) -> int:
+        rollout = self.state.global_step // self.config.steps_per_rollout
+        return (self.ctx.seed << 24) + (rollout << 1) + purpose
+
+    # ----- roll-outs and rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        seed = self._seed_of(DRAWS) + (self.ctx.rank << 40)
+        set_seed(seed % 2**32)  # of ways to generate that draw from global random numbers
+        with self.clock("batches"):
+            out = super()._generate_and_score_completions(inputs)
+        advantages = self.advantages_of(self.rewards)
+        if advantages is not None:
+            mine = len(out["prompt_ids"])
+            out["advantages"] = advantages[self.ctx.rank * mine : (self.ctx.rank + 1) * mine].to(out["advantages"])
+            for _ in range(len(advantages)):
+                self._logs["advantages"].pop()
+            self._logs["advantages"].extend(advantages.tolist())
+        self._metrics["train"]["advantages/mean"].append(sum(self._logs["advantages"]) / len(self._logs["advantages"]))
+        self.completion_log.add(self.state.global_step, self._logs)
+        # TRL shuffles next, from global random numbers.
+        torch.manual_seed(self._seed_of(SHUFFLE))
+        return out
+
+    def advantages_of(self, rewards: Tensor) -> Tensor | None:
+        """Advantages `[N]` of all ranks' completions in order, the same on every rank; None: TRL's.
+
+        Args:
+            rewards: `[N, rewards]`, NaN where a completion could not be scored; N is questions times num_generations.
+        """
+        return None
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        self._stop_if_asked()
+        with self.clock("rollout"):
+            if self.rollout is None:
+                return super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                )
+            first_row = self.ctx.rank * len(prompt_ids)
+            written = self.rollout(prompt_ids, first_row, self._seed_of(DRAWS), self._stop_if_asked)
+            return written.tokens, written.logprobs
+
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids_list: list[list[int]],
+    ) -> Tensor:
+        """Scores of all ranks' completions `[N, rewards]`; NaN where there is none."""
+        self.watchdog.beat(f"scoring for step {self.state.global_step + 1}")
+        with self.clock("scoring"):
+            scores = self.reward_set.score(
+                [_plain(prompt) for prompt in prompts],
+                [_plain(completion) for completion in completions],
+                [json.loads(row[ROW]) for row in inputs],
+                [len(ids) for ids in completion_ids_list],
+            )
+        columns = [
+            [float("nan") if score is None else score for score in scores.by_reward[name]] for name in self.names
+        ]
+        local = torch.tensor(columns, dtype=torch.float32, device=self.args.device).T.contiguous()
+        self.rewards = gather(local) if self.ctx.world_size > 1 else local
+        counted = torch.tensor([scores.counts[name] for name in sorted(scores.counts)], device=self.args.device)
+        total = self.accelerator.reduce(counted) if self.ctx.world_size > 1 else counted
+        counts = dict(zip(sorted(scores.counts), total.tolist(), strict=True))
+        groups = self.rewards.view(-1, self.num_generations, len(self.names))
+        for name, value in self.rails.rewards(groups, counts).items():
+            self._metrics["train"][name].append(value)
+        return self.rewards
+
+    # ----- loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, under the training step's autocast wherever it is called: a ratio of two roundings is noise."""
+        with self.compute_loss_context_manager():
+            found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._logprobs = found[0].detach()
+        return found
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """TRL's loss as this micro-batch's share of the step's, over all ranks."""
+        loss = super().compute_loss(model, inputs)
+        self._record_gap(inputs)
+        return loss * self._token_share(inputs) / self.ctx.world_size
+
+    def _token_share(self, inputs: dict[str, Any]) -> Tensor | float:
+        """For a loss that is a mean over a micro-batch's tokens: what makes it the step's, whatever the micro-batch."""
+        if self.loss_type != "bnpo":
+            return 1.0
+        accumulation = self.args.gradient_accumulation_steps
+        place = self._step % self.args.steps_per_generation // accumulation * accumulation
+        step = self._buffered_inputs[place : place + accumulation]
+        return inputs["completion_mask"].sum() * accumulation / sum(part["completion_mask"].sum() for part in step)
+
+    def _record_gap(self, inputs: dict[str, Any]) -> None:
+        """Distance between the log-probabilities of sampler and trainer, on a batch's first use of its policy."""
+        sampled = inputs.get("sampling_per_token_logps")
+        if sampled is None or self.state.global_step % self.config.steps_per_rollout:
+            return
+        mask = inputs["completion_mask"].bool() & ~torch.isnan(sampled)
+        gap = (self._logprobs - sampled).abs()[mask].double()
+        totals = torch.stack([gap.sum(), mask.sum().double(), gap.max() if len(gap) else gap.sum()])
+        every = self.accelerator.gather(totals[None]) if self.ctx.world_size > 1 else totals[None]
+        self._metrics["train"]["rollout/logprob_gap"].append(float(every[:, 0].sum() / every[:, 1].sum().clamp(min=1)))
+        self._metrics["train"]["rollout/logprob_gap_max"].append(float(every[:, 2].max()))
+
+    def fit(self) -> list[dict[str, float]]:
+        newest = self._newest_checkpoint()
+        self.completion_log.start(checkpoints.step_of(newest) if newest else 0)
+        return super().fit()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        self.rails.look(self.state.global_step, logs)
+
+
+class Clock:
+    """Seconds by part of the work, of this attempt; a part may lie inside another."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - began
+
+
+class _Named:
+    """Stands for a reward in TRL's tables; `PolicyTrainer` scores by itself."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Sequence[float]:
+        raise NotImplementedError("rewards are scored by PolicyTrainer._calculate_rewards")
+
+
+def uses_engine(config: PolicyConfig, policy: PreTrainedModel) -> bool:
+    """Whether our decoder writes the completions.
+
+    Raises:
+        StageError: `rollout=engine` for a model that it does not know.
+    """
+    if config.rollout not in ("auto", "engine"):
+        return False
+    reason = "adapters" if config.lora else unsupported(policy)
+    if reason is None:
+        return True
+    if config.rollout == "engine":
+        from posttrain.errors import fail
+
+        fail(f"rollout=engine: the decoder does not support {reason}", fix="rollout=transformers")
+    return False
+
+
+def trl_arguments(ctx: StageContext, config: PolicyConfig) -> dict[str, Any]:
+    """Fields of TRL's `GRPOConfig` for these settings."""
+    micro_batch = config.micro_batch(ctx.world_size)
+    accumulation = config.sequences_per_step // (micro_batch * ctx.world_size)
+    multiple = padding_multiple(ctx, config)
+    return {
+        "num_generations": config.num_generations,
+        "steps_per_generation": accumulation * config.updates_per_generation,
+        "num_iterations": config.num_iterations,
+        "max_completion_length": config.max_completion_length,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "min_p": config.min_p or None,
+        "reward_weights": [reward.weight for reward in config.rewards.values()],
+        "loss_type": config.loss_type,
+        "importance_sampling_level": config.importance_sampling_level,
+        "epsilon": config.epsilon,
+        "epsilon_high": config.epsilon_high,
+        "delta": config.delta,
+        "beta": config.beta,
+        "scale_rewards": config.scale_rewards,
+        "multi_objective_aggregation": config.multi_objective_aggregation,
+        "mask_truncated_completions": config.mask_truncated_completions,
+        "top_entropy_quantile": config.top_entropy_quantile,
+        "entropy_coef": config.entropy_coef,
+        "shuffle_dataset": False,
+        "pad_to_multiple_of": multiple if multiple > 1 else None,
+        "use_transformers_continuous_batching": config.rollout == "continuous_batching",
+        "use_vllm": config.rollout.startswith("vllm"),
+        **({"vllm_mode": config.rollout.removeprefix("vllm_")} if config.rollout.startswith("vllm") else {}),
+        **config.trl,
+    }
+
+
+def _plain(turns: Any) -> str:
+    """Text of a prompt or completion in either of TRL's forms."""
+    return turns if isinstance(turns, str) else "\n".join(turn["content"] or "" for turn in turns)
+
+
