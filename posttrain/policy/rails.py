@@ -21,16 +21,19 @@ PATIENCE = 5
 class Rails:
     """Metrics of rewards beside TRL's, and alarms over all of them; each alarm is raised once.
 
+    Args:
+        deciding: numbers of the rewards that judge whether an answer is right; none: all rewards count.
+
     Attributes:
         alarms: what was raised so far: step, name and sentence.
     """
 
-    def __init__(self, ctx: StageContext, config: PolicyConfig) -> None:
+    def __init__(self, ctx: StageContext, config: PolicyConfig, deciding: list[int]) -> None:
         self.where = f"stages.{ctx.name}"
         self.said = ctx.rank == 0
         self.completions = config.generation_batch_size
         self.longest = config.max_completion_length
-        self.correct = [at for at, reward in enumerate(config.rewards.values()) if reward.correctness]
+        self.deciding = deciding
         self.alarms: list[dict[str, Any]] = []
         self._first: dict[str, float] = {}
         self._streaks: dict[str, int] = {}
@@ -42,7 +45,7 @@ class Rails:
             groups: scores `[Q, G, rewards]`, NaN where there is none.
             counts: of answers that were unreadable, late and the like, over all ranks.
         """
-        scores = groups[..., self.correct or slice(None)].double().nansum(-1)
+        scores = groups[..., self.deciding or slice(None)].double().nansum(-1)
         scores = scores.masked_fill(torch.isnan(groups).all(-1), float("nan"))
         low, high = _nan_min(scores), -_nan_min(-scores)
         flat = low == high

@@ -13,7 +13,7 @@ from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 from posttrain.policy.config import PolicyConfig
-from posttrain.rewards.config import identity, missing_fields
+from posttrain.rewards.score import identity
 from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
     ELEMENT_SIZE,
@@ -42,7 +42,8 @@ class PolicyStage(Stage):
         return PolicyTrainer
 
     def external(self, cfg: PolicyConfig) -> dict[str, Any]:
-        return {"rewards": identity(cfg.rewards)}
+        found = {name: identity(reward, f"rewards.{name}") for name, reward in cfg.rewards.items()}
+        return {"rewards": {name: versions for name, versions in found.items() if versions}}
 
     def describe(self, cfg: PolicyConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         model = inputs["model"]
@@ -143,10 +144,7 @@ def data_problems(cfg: PolicyConfig, data: ArtifactMeta) -> list[Problem]:
     if kind == "text":
         problem = "the data is plain text, which asks nothing"
         return [Problem(problem, where=where, fix="a dataset of questions, e.g. data=reasoning_gym")]
-    return [
-        Problem(f"reward `{name}` needs rows with {needed}, and the data has none", where, fix)
-        for name, needed, fix in missing_fields(cfg.rewards, data.extra.get("fields"))
-    ]
+    return []
 
 
 def model_problems(cfg: PolicyConfig, arch: Mapping[str, Any] | None) -> list[Problem]:

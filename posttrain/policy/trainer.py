@@ -32,6 +32,7 @@ from posttrain.training.selection import select_trainable
 from posttrain.training.trl_seam import TrlStageTrainer, ordered_rows, padding_multiple, require_trl
 
 GRPO_RELIED_ON = {
+    "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_generate_single_turn": (
         "self",
@@ -76,7 +77,8 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         require_trl(trl.GRPOTrainer, GRPO_RELIED_ON)
         select_trainable(model, config.trainable)
         self.reward_set, self.names = reward_set, list(config.rewards)
-        self.rails = Rails(ctx, config)
+        self.deciding = [at for at, reward in enumerate(config.rewards.values()) if reward.correctness]
+        self.rails = Rails(ctx, config, self.deciding)
         self.completion_log = CompletionLog(ctx.work_dir, config.kept_completions if ctx.rank == 0 else 0)
         self.rewards = torch.empty(0)
         self.clock = Clock()
@@ -220,6 +222,9 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
             [float("nan") if score is None else score for score in scores.by_reward[name]] for name in self.names
         ]
         local = torch.tensor(columns, dtype=torch.float32, device=self.args.device).T.contiguous()
+        if self.deciding:
+            # Left with how it is written, an answer that nothing judges would be learnt for its form.
+            local[torch.isnan(local[:, self.deciding]).all(1)] = torch.nan
         self.rewards = gather(local) if self.ctx.world_size > 1 else local
         counted = torch.tensor([scores.counts[name] for name in sorted(scores.counts)], device=self.args.device)
         total = self.accelerator.reduce(counted) if self.ctx.world_size > 1 else counted
