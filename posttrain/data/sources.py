@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from posttrain.data import foreign, rewards, tasks
+from posttrain.data import foreign, tasks
 from posttrain.data.builders import (
     committed,
     files,
@@ -25,6 +25,7 @@ from posttrain.data.config import GYM_BUILDERS, DataSourceConfig
 from posttrain.data.documents import BYTES_PER_TOKEN, Document, kinds, limited, split_documents, too_few
 from posttrain.errors import RecipeError
 from posttrain.pipeline.context import StageContext
+from posttrain.rewards import plugin
 
 CHECKED_AT_PLAN = 64 << 20
 """Files up to this size, bytes, are read through by a plan; larger ones are checked when the stage runs."""
@@ -195,7 +196,7 @@ def external(cfg: DataSourceConfig) -> dict[str, Any]:
         tasks.require_package(_where(cfg))
         found["reasoning_gym"] = tasks.package_version()
     if cfg.kind == "preference_pairs" and cfg.pairs.reward is not None:
-        found["reward"] = rewards.identity(cfg.pairs.reward, "data.pairs.reward")
+        found["reward"] = plugin.identity(cfg.pairs.reward, "data.pairs.reward")
     if foreign.is_foreign(cfg):
         found["builder"] = foreign.identity(cfg)
     if cfg.heldout_kind == "path":

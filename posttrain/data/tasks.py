@@ -17,10 +17,11 @@ from typing import Any
 
 from posttrain.data.config import EASY_TASKS, GymTasks
 from posttrain.errors import Problem, RecipeError
+from posttrain.rewards.gym import generator_of, make_generator
 
 PACKAGE = "reasoning_gym"
 TASK = "task"
-"""Field of a row: the settings that `problem_of` makes its problem from again, and `Scorer` scores answers by."""
+"""Field of a row: the settings that `problem_of` makes its problem from again, and reward `gym` scores answers by."""
 
 SEEDS_PER_RUN, HELDOUT_SEEDS = 1 << 24, 1 << 23
 """Seeds that belong to one seed of a run; of these, the held-out problems' begin in the middle."""
@@ -110,11 +111,6 @@ def problem_of(task: dict[str, Any]) -> dict[str, Any]:
     return generator_of(task)[task["index"]]
 
 
-def generator_of(task: dict[str, Any]) -> Any:
-    """The generator of a row's task, kept for the next row."""
-    return _generator(task["name"], json.dumps(task["settings"], sort_keys=True), task["seed"], task["size"])
-
-
 def typical_bytes(tasks: GymTasks) -> int:
     """Mean size of a conversation of question and answer, for estimates."""
     if tasks.tasks == EASY_TASKS:
@@ -148,13 +144,6 @@ def _rotating(tasks: GymTasks, count: int, first_seed: int) -> Iterator[TaskProb
             yield TaskProblem(entry["question"].strip(), str(entry["answer"]), task)
 
 
-@lru_cache(maxsize=64)
-def _generator(name: str, settings: str, seed: int, size: int) -> Any:
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(name, **json.loads(settings), seed=seed, size=size)
-
-
 @lru_cache(maxsize=8)
 def _typical_bytes(settings: str) -> int:
     by_name = json.loads(settings)
@@ -176,7 +165,7 @@ def _refused(tasks: str, where: str) -> tuple[Problem, ...]:
             problems.append(Problem(f"{PACKAGE} has no task {name!r}", at, f"did you mean {near}?" if near else ""))
             continue
         try:
-            _generator(name, json.dumps(settings, sort_keys=True), 0, 1)
+            make_generator(name, json.dumps(settings, sort_keys=True), 0, 1)
         except (AssertionError, TypeError, ValueError) as error:
             known = ", ".join(sorted(set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"}))
             said = str(error).strip() or type(error).__name__

@@ -12,13 +12,14 @@ from test_data_preference_pairs import bytes_of, context, model  # noqa: F401  (
 from posttrain.cli import show
 from posttrain.config import load_recipe, plugins, validate_mapping
 from posttrain.config.recipe import load_resolved
-from posttrain.data import foreign, rewards
+from posttrain.data import foreign
 from posttrain.data.config import DataSourceConfig
 from posttrain.data.reading import read_card, read_rows
 from posttrain.data.stage import DataSource
 from posttrain.errors import RecipeError, StageError
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.fingerprint import key_document, key_of
+from posttrain.rewards import plugin
 
 STAGE = DataSource()
 CODE = """
@@ -181,17 +182,17 @@ def test_a_built_in_builders_key_is_what_it_was() -> None:
 
 def test_a_reward_is_loaded_and_held_to_its_promise() -> None:
     rows = [{"answer": "1", "task": {"name": "t"}}] * 2
-    assert rewards.load("near")(["a", "b"], ["x", ""], rows) == [0.0, None]
-    assert rewards.identity("near") == {"name": "near", "package": "posttrain-own", "version": "7"}
+    assert plugin.load("near")(["a", "b"], ["x", ""], rows) == [0.0, None]
+    assert plugin.identity("near") == {"name": "near", "package": "posttrain-own", "version": "7"}
     for name, words in (("short", "1 scores for 2 answers"), ("infinite", "gave inf"), ("words", "else than numbers")):
         with pytest.raises(StageError, match=words):
-            rewards.load(name)(["a", "b"], ["x", "y"], rows)
+            plugin.load(name)(["a", "b"], ["x", "y"], rows)
     with pytest.raises(ValueError, match="2 prompts, 1 completions"):
-        rewards.load("near")(["a", "b"], ["x"], rows)
+        plugin.load("near")(["a", "b"], ["x"], rows)
     with pytest.raises(RecipeError, match="write|near"):
-        rewards.load("naer")
+        plugin.load("naer")
     with pytest.raises(RecipeError, match="is not a function"):
-        rewards.load("number")
+        plugin.load("number")
 
 
 def test_a_reward_scores_preference_pairs(model, tmp_path: Path) -> None:  # noqa: F811

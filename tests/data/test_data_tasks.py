@@ -1,16 +1,13 @@
-"""Generated tasks: the same for a seed, apart for two splits, scored in a process that may hang."""
+"""Generated tasks: the same for a seed, apart for two splits."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 from pydantic import ValidationError
 
-from posttrain.data import scoring, tasks
+from posttrain.data import tasks
 from posttrain.data.config import EASY_TASKS, DataSourceConfig, GymTasks
 from posttrain.data.reading import read_card, read_rows
-from posttrain.data.scoring import Scorer
 from posttrain.data.stage import DataSource
 from posttrain.data.tasks import HELDOUT_SEEDS, SEEDS_PER_RUN, draw, problem_of
 from posttrain.errors import RecipeError, StageError
@@ -122,66 +119,6 @@ def test_the_package_is_a_dependency() -> None:
     needed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     assert any(line.startswith("reasoning-gym") for line in needed)
     assert f"reasoning_gym=={tasks.package_version()}" in (root / "constraints.txt").read_text()
-
-
-SUM = {"name": "chain_sum", "settings": SUMS["chain_sum"], "seed": 5, "size": 3, "index": 1}
-
-
-def hang(line) -> None:
-    """A scorer's process that never answers."""
-    line.send("ready")
-    line.recv()
-    time.sleep(600)
-
-
-def die(line) -> None:
-    line.send("ready")
-    line.recv()
-
-
-def fail(line) -> None:
-    line.send("ready")
-    while True:
-        line.recv()
-        line.send(float("nan"))
-
-
-def test_scores_are_the_tasks_own() -> None:
-    right = problem_of(SUM)["answer"]
-    with Scorer() as scorer:
-        assert scorer.score(SUM, right) == 1.0
-        assert scorer.score(SUM, "nonsense") == 0.0
-        first = scorer._process.pid
-        assert scorer.score({**SUM, "name": "no_such_task"}, right) is None  # raised in there, and it lives on
-        assert scorer._process.pid == first and (scorer.failed, scorer.timed_out) == (1, 0)
-        process = scorer._process
-    assert not process.is_alive()
-
-
-def test_a_scorer_that_hangs_dies_and_is_replaced(monkeypatch) -> None:
-    own = scoring._serve
-    with Scorer(seconds=0.5) as scorer:
-        monkeypatch.setattr(scoring, "_serve", hang)
-        began = time.monotonic()
-        assert scorer.score(SUM, "1") is None and scorer.timed_out == 1
-        assert time.monotonic() - began < 60 and scorer._process is None
-        for broken in (die, fail):
-            monkeypatch.setattr(scoring, "_serve", broken)
-            scorer.close()
-            assert scorer.score(SUM, "1") is None
-        assert (scorer.failed, scorer.timed_out) == (2, 1)
-        scorer.close()
-        monkeypatch.setattr(scoring, "_serve", own)
-        scorer.seconds = 30
-        assert scorer.score(SUM, problem_of(SUM)["answer"]) == 1.0
-
-
-def test_a_scorer_works_in_a_thread() -> None:
-    """Time-outs by signals would not."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool, Scorer() as scorer:
-        assert pool.submit(scorer.score, SUM, problem_of(SUM)["answer"]).result() == 1.0
 
 
 def test_errors_at_run_time_are_stage_errors(tmp_path, monkeypatch) -> None:

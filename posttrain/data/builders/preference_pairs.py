@@ -12,17 +12,17 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from posttrain.data import rewards
 from posttrain.data.builders.batches import batch_seed, cut, in_batches
 from posttrain.data.builders.teacher_samples import load_writer, write
 from posttrain.data.chat import plain_text
 from posttrain.data.config import GymTasks, PairSamples
 from posttrain.data.documents import Document
 from posttrain.data.pairs import UNFINISHED
-from posttrain.data.scoring import Scorer
 from posttrain.data.tasks import TASK, TaskProblem, draw
 from posttrain.errors import StageError
 from posttrain.pipeline.context import StageContext
+from posttrain.rewards import plugin
+from posttrain.rewards.pool import Job, Pool
 
 LICENCE = "Apache-2.0 (reasoning-gym), rejected answers that of the model that wrote them"
 
@@ -96,17 +96,26 @@ def _sampler(
 def _scores(pairs: PairSamples, stack: ExitStack) -> Callable[[list[TaskProblem], list[str]], Sequence[float | None]]:
     """What scores answers: the tasks themselves, or the named reward."""
     if pairs.reward is None:
-        scorer = stack.enter_context(Scorer(pairs.score_seconds))
-        return lambda problems, answers: [
-            scorer.score(problem.task, answer) if answer else None
-            for problem, answer in zip(problems, answers, strict=True)
-        ]
-    reward = rewards.load(pairs.reward, "data.pairs.reward")
+        pool = stack.enter_context(Pool(1, modules=["posttrain.rewards.gym", "reasoning_gym"], where="data.pairs"))
+        return lambda problems, answers: _own_scores(pool, pairs.score_seconds, problems, answers)
+    reward = plugin.load(pairs.reward, "data.pairs.reward")
     return lambda problems, answers: reward(
         [problem.question for problem in problems],
         answers,
         [{"id": problem.id, "answer": problem.answer, TASK: problem.task} for problem in problems],
     )
+
+
+def _own_scores(pool: Pool, seconds: float, problems: list[TaskProblem], answers: list[str]) -> list[float | None]:
+    """The tasks' own scores; None for an empty answer, and for one whose scoring took too long or failed."""
+    there = [number for number, answer in enumerate(answers) if answer]
+    jobs = [
+        Job("posttrain.rewards.gym:score", (answers[number], problems[number].task, None), seconds) for number in there
+    ]
+    scores: list[float | None] = [None] * len(answers)
+    for number, outcome in zip(there, pool.run(jobs), strict=True):
+        scores[number] = outcome.value[0] if outcome.status == "value" else None
+    return scores
 
 
 def _document(problem: TaskProblem, outcome: dict[str, Any]) -> Document | None:

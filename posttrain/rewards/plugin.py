@@ -41,6 +41,11 @@ def load(name: str, where: str = "reward") -> Reward:
     return scores
 
 
+def score(name: str, where: str, prompt: str, completion: str, row: Row) -> tuple[float | None, str]:
+    """The score of one completion, for a pool. Raises StageError as what `load` gives."""
+    return load(name, where)([prompt], [completion], [row])[0], ""
+
+
 def identity(name: str, where: str = "reward") -> dict[str, str]:
     """What enters a key for a reward: its name, package and version. Raises RecipeError as `load`."""
     plugin, function = _found(name, where)

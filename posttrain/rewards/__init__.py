@@ -1,0 +1,1 @@
+"""Verifiable rewards: answers are scored in processes that may hang, crash or be attacked without harm."""
