@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch
 import trl
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from posttrain.data.config import GymTasks
 from posttrain.data.tasks import draw, generator_of
@@ -39,7 +39,6 @@ from posttrain.models.loading import load_model, load_tokenizer
 from posttrain.pipeline.context import StageContext
 from posttrain.policy.data import PROMPT, ROW, Prompts, prompt_tokens
 from posttrain.policy.trainer import PolicyTrainer
-from posttrain.rewards.config import GymReward
 from posttrain.rewards.score import RewardSet
 
 GENERATIONS = 8
@@ -97,7 +96,10 @@ def ours(options: argparse.Namespace, variant: dict[str, str]) -> dict[str, Any]
     if options.long:
         endless(model, tokenizer)
     prompts = questions(options.samples // GENERATIONS * (options.steps + options.warmup), tokenizer)
-    with tempfile.TemporaryDirectory() as folder, RewardSet(config.rewards, config.answer, workers=options.workers) as rewards:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RewardSet(config.rewards, config.answer, workers=options.workers) as rewards,
+    ):
         rewards.warm()
         ctx = StageContext("bench", config, Path(folder), device=options.device)
         trainer = PolicyTrainer(ctx, config, model, tokenizer, prompts, rewards)
@@ -111,7 +113,9 @@ def ours(options: argparse.Namespace, variant: dict[str, str]) -> dict[str, Any]
 
 
 def by_trl(options: argparse.Namespace, variant: dict[str, str]) -> dict[str, Any]:
-    model = load_model(options.model, device=options.device, dtype=torch.bfloat16 if options.device == "cuda" else torch.float32)
+    model = load_model(
+        options.model, device=options.device, dtype=torch.bfloat16 if options.device == "cuda" else torch.float32
+    )
     tokenizer = load_tokenizer(options.model)
     if options.long:
         endless(model, tokenizer)
@@ -144,6 +148,7 @@ def by_trl(options: argparse.Namespace, variant: dict[str, str]) -> dict[str, An
         )
         if "static" in variant:
             trainer.generation_config.disable_compile = False
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         history = [row for row in trainer.state.log_history if "completions/mean_length" in row]
     return {**measured(marks, options), **lengths_of(history[options.warmup :])}

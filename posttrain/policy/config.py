@@ -94,15 +94,19 @@ class PolicyConfig(TrainingConfig):
         "see TRL.",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
-        "token", description="Ratio to the policy that wrote: of each token, or the length-normalised one of a whole "
-        "completion (GSPO)."
+        "token",
+        description="Ratio to the policy that wrote: of each token, or the length-normalised one of a whole "
+        "completion (GSPO).",
     )
     epsilon: float = Field(0.2, gt=0, description="Ratios are clipped to 1 - epsilon from below.")
     epsilon_high: float | None = Field(None, gt=0, description="And to 1 + epsilon_high from above; null = epsilon.")
-    delta: float | None = Field(None, gt=1, description="Upper bound of a ratio with a negative advantage; null = none.")
+    delta: float | None = Field(
+        None, gt=1, description="Upper bound of a ratio with a negative advantage; null = none."
+    )
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the input model; 0 = none is kept.")
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="Advantages are divided by the rewards' standard deviation of the group, the batch, or not."
+        "group",
+        description="Advantages are divided by the rewards' standard deviation of the group, the batch, or not.",
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
         "sum_then_normalize", description="Several rewards: weighted sum first, or each normalised in its group first."

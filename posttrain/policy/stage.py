@@ -30,7 +30,9 @@ class PolicyStage(Stage):
 
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="The policy to train; it should know the answers' format."),
-        "data": InputSpec("dataset", doc="Questions whose answers can be checked: rows with `task`, `answer` or `tests`."),
+        "data": InputSpec(
+            "dataset", doc="Questions whose answers can be checked: rows with `task`, `answer` or `tests`."
+        ),
     }
     parallel: ClassVar[bool] = True
     outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
@@ -139,7 +141,9 @@ def data_problems(cfg: PolicyConfig, data: ArtifactMeta) -> list[Problem]:
     """What the data lacks, as far as a plan can know it."""
     where = f"data={cfg.inputs.get('data', '?')}"
     if data.rows == 0:
-        return [Problem("the data has no rows", where=where, fix="give a dataset of questions, e.g. data=reasoning_gym")]
+        return [
+            Problem("the data has no rows", where=where, fix="give a dataset of questions, e.g. data=reasoning_gym")
+        ]
     kind = data.extra.get("rows")
     if kind == "text":
         problem = "the data is plain text, which asks nothing"
@@ -154,7 +158,9 @@ def model_problems(cfg: PolicyConfig, arch: Mapping[str, Any] | None) -> list[Pr
     problems = target_problems(cfg.lora, arch)
     longest, wanted = arch["max_position_embeddings"], cfg.max_prompt_length + cfg.max_completion_length
     if wanted > longest:
-        problem = f"prompts of {cfg.max_prompt_length} and completions of {cfg.max_completion_length} tokens exceed the "
+        problem = (
+            f"prompts of {cfg.max_prompt_length} and completions of {cfg.max_completion_length} tokens exceed the "
+        )
         problem += f"model's {longest} positions"
         fix = f"max_completion_length={max(1, longest - cfg.max_prompt_length)}"
         problems.append(Problem(problem, where="max_completion_length", fix=fix))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +47,9 @@ def train(ctx: StageContext, trainer_class: type[PolicyTrainer]) -> None:
     def write() -> None:
         shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts
         folder = ctx.output_dir("history")
-        save_model(trainer.trained().eval(), tokenizer, ctx.output_dir("model"), dtype=save_dtype, tokenizer_from=source)
+        save_model(
+            trainer.trained().eval(), tokenizer, ctx.output_dir("model"), dtype=save_dtype, tokenizer_from=source
+        )
         write_history(folder, history)
         if trainer.completion_log.path.is_file():
             shutil.copyfile(trainer.completion_log.path, folder / FILE)

@@ -363,5 +363,3 @@ def trl_arguments(ctx: StageContext, config: PolicyConfig) -> dict[str, Any]:
 def _plain(turns: Any) -> str:
     """Text of a prompt or completion in either of TRL's forms."""
     return turns if isinstance(turns, str) else "\n".join(turn["content"] or "" for turn in turns)
-
-

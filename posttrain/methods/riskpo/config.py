@@ -25,7 +25,8 @@ class RiskpoConfig(PolicyConfig):
         "scripts run, which is another algorithm; neutral: GRPO.",
     )
     risk: RiskSettings = Field(
-        default_factory=RiskSettings, description="The risk measure, its bundles, and how answers share a bundle's score."
+        default_factory=RiskSettings,
+        description="The risk measure, its bundles, and how answers share a bundle's score.",
     )
     risk_reward: str | None = Field(
         None,
