@@ -40,6 +40,7 @@ from posttrain.pipeline.context import StageContext
 from posttrain.policy.data import PROMPT, ROW, Prompts, prompt_tokens
 from posttrain.policy.trainer import PolicyTrainer
 from posttrain.rewards.score import RewardSet
+from posttrain.training.callbacks import ProfileCallback
 
 GENERATIONS = 8
 
@@ -75,12 +76,13 @@ def questions(count: int, tokenizer: Any) -> Prompts:
 
 
 def ours(options: argparse.Namespace, variant: dict[str, str]) -> dict[str, Any]:
+    width = variant.pop("width", None)
     config = GrpoConfig.model_validate(
         {
             "max_steps": options.steps + options.warmup,
             "num_generations": GENERATIONS,
             "generation_batch_size": options.samples,
-            "micro_batch_size": options.micro_batch,
+            "micro_batch_size": int(variant.pop("micro", options.micro_batch)),
             "max_completion_length": options.tokens,
             "precision": "bf16" if options.device == "cuda" else "fp32",
             "rollout": "engine",
@@ -103,8 +105,11 @@ def ours(options: argparse.Namespace, variant: dict[str, str]) -> dict[str, Any]
         rewards.warm()
         ctx = StageContext("bench", config, Path(folder), device=options.device)
         trainer = PolicyTrainer(ctx, config, model, tokenizer, prompts, rewards)
+        trainer.width_multiple = int(width or trainer.width_multiple)
         marks = Marks(options.device)
         trainer.add_callback(marks)
+        if options.profile:
+            trainer.add_callback(ProfileCallback(options.profile, 1))
         before: dict[str, float] = {}
         trainer.add_callback(_AtStep(options.warmup, lambda: before.update(trainer.clock.seconds)))
         history = trainer.fit()
@@ -213,6 +218,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--profile", type=Path, help="folder for a profile of one step of ours")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, help="folder for bench_grpo.csv")
     options = parser.parse_args()

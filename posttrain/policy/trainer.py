@@ -17,9 +17,11 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import RepeatSampler
 
+from posttrain.errors import fail
 from posttrain.generation import Sampling, unsupported
 from posttrain.generation.tokens import stop_tokens
 from posttrain.pipeline.context import StageContext
+from posttrain.policy.alignment import align, back
 from posttrain.policy.completions import CompletionLog
 from posttrain.policy.config import PolicyConfig
 from posttrain.policy.data import ROW, Prompts
@@ -28,6 +30,7 @@ from posttrain.policy.rollout import EngineRollout
 from posttrain.rewards.score import RewardSet
 from posttrain.training import checkpoints
 from posttrain.training.adapters import peft_config
+from posttrain.training.logprob import TokenLogprobs, token_logprobs
 from posttrain.training.selection import select_trainable
 from posttrain.training.trl_seam import TrlStageTrainer, ordered_rows, padding_multiple, require_trl
 
@@ -44,6 +47,28 @@ GRPO_RELIED_ON = {
     ),
     "_generate_and_score_completions": ("self", "inputs"),
     "_compute_loss": ("self", "model", "inputs"),
+    "_prepare_inputs": ("self", "generation_batch"),
+    "_tokenize_prompts": ("self", "prompts"),
+    "_get_per_token_logps_and_entropies": (
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+        "pixel_values",
+        "image_grid_thw",
+        "num_images",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "num_tiles",
+        "image_sizes",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "image_position_ids",
+    ),
 }
 """Methods of TRL's `GRPOTrainer` that are replaced or called here, with their parameters."""
 
@@ -81,7 +106,9 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         self.rails = Rails(ctx, config, self.deciding)
         self.completion_log = CompletionLog(ctx.work_dir, config.kept_completions if ctx.rank == 0 else 0)
         self.rewards = torch.empty(0)
+        self._tokenized: dict[str, list[int]] = {}
         self.clock = Clock()
+        self.width_multiple = padding_multiple(ctx, config)
         self._logprobs: Tensor | None = None
         policy = model
         super().__init__(
@@ -97,6 +124,9 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
             reward_funcs=[_Named(name) for name in self.names],
             **({"peft_config": peft_config(config.lora)} if config.lora else {}),
         )
+        if tokenizer.pad_token_id is None:
+            # TRL pads with it at every batch; what is saved comes from the source's files.
+            tokenizer.pad_token_id = tokenizer.eos_token_id
         self.rollout = self._rollout(policy, prompts.longest)
 
     def _rollout(self, policy: PreTrainedModel, longest_prompt: int) -> EngineRollout | None:
@@ -184,6 +214,37 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         """
         return None
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """As TRL's, each prompt once: a question comes `num_generations` times, and again in every epoch."""
+        keys = [str(prompt) for prompt in prompts]
+        new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._tokenized}
+        if new:
+            ids, _, _ = super()._tokenize_prompts(list(new.values()))
+            self._tokenized.update(zip(new, ids, strict=True))
+        return [self._tokenized[key] for key in keys], None, {}
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        self._sort_buffered()
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _sort_buffered(self) -> None:
+        """Completions of like length into one forward pass: an update is a sum over them in any order."""
+        accumulation = self.args.gradient_accumulation_steps
+        ordered: list[dict[str, Any]] = []
+        for first in range(0, len(self._buffered_inputs), accumulation):
+            parts = self._buffered_inputs[first : first + accumulation]
+            lengths = torch.cat([part["prompt_mask"].sum(1) + part["completion_mask"].sum(1) for part in parts])
+            order = lengths.argsort(stable=True).chunk(accumulation)
+            joined = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+            ordered += [
+                {name: value[rows] if value.dim() else value for name, value in joined.items()} for rows in order
+            ]
+        self._buffered_inputs = ordered
+
     def _generate_single_turn(
         self,
         prompt_ids: list[list[int]],
@@ -236,12 +297,40 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
 
     # ----- loss
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, under the training step's autocast wherever it is called: a ratio of two roundings is noise."""
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities and entropies `[B, C]` of the completions' tokens, and no auxiliary loss.
+
+        As TRL's, by TRL's head, but on rows without padding between prompt and completion, and under the training
+        step's autocast wherever it is called: a ratio of two roundings is noise.
+        """
+        if unknown := [name for name, value in others.items() if value not in (None, False)]:
+            fail(f"the policy's log-probabilities are not made for {', '.join(unknown)}", where="posttrain.policy")
+        found = [
+            self._scored(model, input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+            for size in [batch_size or len(input_ids)]
+            for start in range(0, len(input_ids), size)
+        ]
+        logprobs = torch.cat([part.logprobs for part in found])
+        self._logprobs = logprobs.detach()
+        return logprobs, torch.cat([part.entropy for part in found]) if compute_entropy else None, None
+
+    def _scored(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion: int) -> TokenLogprobs:
+        rows = align(input_ids, attention_mask, completion, self.width_multiple)
+        plain = model.get_base_model() if self.config.lora else model
         with self.compute_loss_context_manager():
-            found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._logprobs = found[0].detach()
-        return found
+            hidden = plain.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state[:, :-1][rows.scored]
+            targets = rows.input_ids[:, 1:][rows.scored]
+            found = token_logprobs(hidden, plain.get_output_embeddings().weight, targets, self.temperature)
+        return TokenLogprobs(back(found.logprobs, rows), back(found.entropy, rows))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -319,8 +408,6 @@ def uses_engine(config: PolicyConfig, policy: PreTrainedModel) -> bool:
     if reason is None:
         return True
     if config.rollout == "engine":
-        from posttrain.errors import fail
-
         fail(f"rollout=engine: the decoder does not support {reason}", fix="rollout=transformers")
     return False
 
@@ -329,7 +416,6 @@ def trl_arguments(ctx: StageContext, config: PolicyConfig) -> dict[str, Any]:
     """Fields of TRL's `GRPOConfig` for these settings."""
     micro_batch = config.micro_batch(ctx.world_size)
     accumulation = config.sequences_per_step // (micro_batch * ctx.world_size)
-    multiple = padding_multiple(ctx, config)
     return {
         "num_generations": config.num_generations,
         "steps_per_generation": accumulation * config.updates_per_generation,
@@ -352,12 +438,16 @@ def trl_arguments(ctx: StageContext, config: PolicyConfig) -> dict[str, Any]:
         "top_entropy_quantile": config.top_entropy_quantile,
         "entropy_coef": config.entropy_coef,
         "shuffle_dataset": False,
-        "pad_to_multiple_of": multiple if multiple > 1 else None,
         "use_transformers_continuous_batching": config.rollout == "continuous_batching",
         "use_vllm": config.rollout.startswith("vllm"),
         **({"vllm_mode": config.rollout.removeprefix("vllm_")} if config.rollout.startswith("vllm") else {}),
         **config.trl,
     }
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Rows of all parts; a number that is the same for all stays one."""
+    return torch.cat(parts) if parts[0].dim() else parts[0]
 
 
 def _plain(turns: Any) -> str:
