@@ -1,11 +1,11 @@
 """Samples a second of a whole GRPO step (roll-outs, rewards, update): ours, and TRL as a user would run it.
 
     python scripts/bench_grpo.py --model FOLDER --arms ours trl trl:static trl:continuous --samples 1024 --csv DIR
-    python scripts/bench_grpo.py --model FOLDER --device cpu --samples 16 --tokens 8 --steps 2 --warmup 1 --arms ours trl
+    python scripts/bench_grpo.py --model FOLDER --device cpu --samples 16 --tokens 8 --steps 2 --warmup 1   # smoke test
 
-All arms answer the same questions of reasoning-gym with the same model, G completions each, and score them by the tasks'
-own scorers. Ours is the stage's own trainer: fp32 weights under bf16 autocast, roll-outs by the decode engine, rewards in
-processes of their own. TRL is its GRPOTrainer with bf16 weights, which favours it, and rewards computed in its process.
+All arms answer the same questions of reasoning-gym with the same model, 8 completions each, and score them by the
+tasks' own scorers. Ours is the stage's own trainer: fp32 weights under bf16 autocast, roll-outs by the decode engine,
+rewards in processes of their own. TRL is its GRPOTrainer with bf16 weights, which favours it, and rewards computed in its process.
 `static`: static cache and torch.compile of its decoding; `continuous`: transformers' continuous batching. With `--long`
 only a token that is next to never drawn ends a completion, so that nearly all have `--tokens`.
 """

@@ -79,53 +79,40 @@ class Rails:
         signs: dict[str, tuple[bool, str]] = {}
         if (entropy := metrics.get("entropy")) is not None:
             first = self._first.setdefault("entropy", entropy)
+            moved = f"entropy went from {first:.3g} to {entropy:.3g} nats a token"
             signs["entropy_collapse"] = (
                 entropy < 0.1 * first,
-                (
-                    f"entropy fell to {entropy:.3g} nats a token from {first:.3g}: completions are all alike; lower lr, "
-                    "raise entropy_coef, or set beta"
-                ),
+                f"{moved}: completions are all alike; lower lr, raise entropy_coef, or set beta",
             )
             signs["entropy_blow_up"] = (
                 entropy > 2 * first + 1,
-                (
-                    f"entropy rose to {entropy:.3g} nats a token from {first:.3g}: the policy falls apart; lower lr, or look "
-                    "at completions/clipped_ratio"
-                ),
+                f"{moved}: the policy falls apart; lower lr, or look at completions/clipped_ratio",
             )
         if (clipped := metrics.get("completions/clipped_ratio")) is not None:
             signs["cut_off"] = (
                 clipped > 0.5,
-                (
-                    f"{clipped:.0%} of the completions are cut off at max_completion_length={self.longest}: raise it, or "
-                    "set mask_truncated_completions=true"
-                ),
+                f"{clipped:.0%} of the completions are cut off at max_completion_length={self.longest}: raise it, or set "
+                "mask_truncated_completions=true",
             )
         if (flat := metrics.get("questions/zero_variance")) is not None:
             wrong = metrics.get("questions/all_wrong", 0.0)
+            remedy = "easier questions, or a longer sft before" if wrong > flat / 2 else "harder questions"
             signs["no_signal"] = (
                 flat > 0.9,
-                (
-                    f"{flat:.0%} of the questions teach nothing ({wrong:.0%} always wrong): "
-                    + ("easier questions, or a longer sft before" if wrong > flat / 2 else "harder questions")
-                ),
+                f"{flat:.0%} of the questions teach nothing ({wrong:.0%} are always answered wrongly): {remedy}",
             )
         if (unread := metrics.get("answers/parse_failures")) is not None:
             signs["no_answer"] = (
                 unread > 0.5,
-                (
-                    f"no final answer is found in {unread:.0%} of the completions: teach the format first (sft), or set "
-                    "`answer` to the format that the model writes"
-                ),
+                f"no final answer is found in {unread:.0%} of the completions: teach the format first (sft), or set "
+                "`answer` to the format that the model writes",
             )
         if (gap := metrics.get("rollout/logprob_gap")) is not None:
             first = self._first.setdefault("rollout/logprob_gap", gap)
             signs["sampler_differs"] = (
                 gap > max(3 * first, 0.05),
-                (
-                    f"log-probabilities of sampler and trainer differ by {gap:.3g} nats a token ({first:.3g} at first): the "
-                    "completions are not the policy's own; rollout_dtype=float32, or another rollout"
-                ),
+                f"sampler and trainer differ by {gap:.3g} nats a token ({first:.3g} at first): the completions are not "
+                "the policy's own; rollout_dtype=float32, or another rollout",
             )
         return signs
 

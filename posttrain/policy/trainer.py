@@ -1,4 +1,4 @@
-"""Policy-gradient training on TRL's `GRPOTrainer`: its loss and metrics; our roll-outs, rewards, checkpoints and rails."""
+"""Policy-gradient training on TRL's `GRPOTrainer`: its loss and metrics; our roll-outs, rewards and checkpoints."""
 
 from __future__ import annotations
 

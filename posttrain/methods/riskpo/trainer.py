@@ -22,7 +22,7 @@ COMPARE_EVERY = 100
 
 
 class RiskpoTrainer(PolicyTrainer):
-    """`PolicyTrainer` whose advantages come from `risk_advantages`, computed alike on every rank without a collective."""
+    """`PolicyTrainer` whose advantages are those of `risk_advantages`, computed alike on every rank."""
 
     config: RiskpoConfig
 
