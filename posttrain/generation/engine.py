@@ -22,6 +22,8 @@ STEPS_BETWEEN_LOOKS = 16
 """On a GPU the host looks that seldom at which rows are finished: each look waits for the device."""
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}
 """Prompt tokens that go through the model at once; bounds the activations, not the result."""
+FIRST_TOKENS = 256
+"""Rows whose first tokens are drawn at once: bounds the copies of their logits."""
 SMALLEST_BUCKET = {"cuda": 8, "cpu": 1}
 """On a GPU fewer rows than this are no faster, and each batch size costs a capture."""
 
@@ -167,14 +169,21 @@ class DecodeEngine:
         return ended
 
     def _prefill(self, prompts: list[Sequence[int]], start: torch.Tensor, end: int, sampling: Sampling) -> None:
-        """Prompts and their first tokens, in slices of rows."""
-        for first, last in _slices([len(prompt) for prompt in prompts], self.prefill_tokens):
-            part, rows = prompts[first:last], slice(first, last)
+        """Prompts, each different one once and in slices, and the first token of every row."""
+        source, rows = _distinct(prompts)
+        logits = []
+        for first, last in _slices([len(prompts[row]) for row in rows], self.prefill_tokens):
+            part = [prompts[row] for row in rows[first:last]]
             width = max(map(len, part))
             ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in part], device=self.device)
             padded = min(map(len, part)) < width
-            logits = self.decoder.prefill(ids, start[rows], first, end, padded)
-            self.state.record(rows, *choose(logits, sampling, self.state.draws(rows)))
+            logits.append(self.decoder.prefill(ids, start[rows[first:last]], first, end, padded))
+        if len(rows) < len(prompts):
+            self.decoder.keep_rows(torch.tensor(source, device=self.device))
+        of_prompts = torch.cat(logits)
+        for first in range(0, len(prompts), FIRST_TOKENS):
+            part = slice(first, min(first + FIRST_TOKENS, len(prompts)))
+            self.state.record(part, *choose(of_prompts[source[part]], sampling, self.state.draws(part)))
         self.state.step.add_(1)
 
     def _decode(
@@ -285,6 +294,14 @@ def _buckets(max_rows: int, smallest: int) -> list[int]:
     """Batch sizes that are captured: powers of two from the smallest, and the largest."""
     sizes = [1 << power for power in range(max_rows.bit_length()) if smallest <= 1 << power < max_rows]
     return [*sizes, max_rows]
+
+
+def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """For each prompt the number of the different prompt that it is, and for each of those its first row."""
+    numbers: dict[tuple[int, ...], int] = {}
+    source = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    rows = [source.index(number) for number in range(len(numbers))]
+    return source, rows
 
 
 def _slices(lengths: list[int], budget: int) -> list[tuple[int, int]]:

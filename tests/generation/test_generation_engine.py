@@ -231,3 +231,25 @@ def _storages(engine: DecodeEngine) -> list[int]:
 def _cut(answer: list[int], stop: tuple[int, ...]) -> list[int]:
     ends = [index for index, token in enumerate(answer) if token in stop]
     return answer[: ends[0] + 1] if ends else answer
+
+
+@pytest.mark.parametrize("name", ["llama", "mixed"])
+def test_a_prompt_that_comes_again_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, few = MODELS[name](), prompts((4, 9, 2))
+    rows = [few[which] for which in (1, 0, 1, 2, 1, 0)]
+    engine, read = DecodeEngine(model, 6, 40), []
+    prefill = engine.decoder.prefill
+
+    def counted(ids: torch.Tensor, *others: object) -> torch.Tensor:
+        read.append(len(ids))
+        return prefill(ids, *others)
+
+    monkeypatch.setattr(engine.decoder, "prefill", counted)
+    together = engine.generate(rows, Sampling(**DRAWN))
+    assert sum(read) == 3
+    apart = DecodeEngine(model, 1, 40)
+    for number, row in enumerate(rows):
+        alone = apart.generate([row], Sampling(**DRAWN), row_ids=[number])
+        assert together.tokens[number] == alone.tokens[0]
+        torch.testing.assert_close(torch.tensor(together.logprobs[number]), torch.tensor(alone.logprobs[0]))
+    assert len({tuple(together.tokens[number]) for number in (0, 2, 4)}) == 3, "draws of one prompt differ"
