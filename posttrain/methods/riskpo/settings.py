@@ -50,7 +50,7 @@ class RiskSettings(BaseModel):
     bundles: Strategy = Field(
         "random",
         description="Which questions share a bundle. stratified: those of like difficulty, which makes the hard ones "
-        "weigh more. anti_stratified: every bundle spans the difficulties.",
+        "weigh more. anti_stratified: every bundle spans the difficulties, which makes the easy ones weigh more.",
     )
     credit: Credit = Field(
         "rb",
