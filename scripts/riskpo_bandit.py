@@ -3,8 +3,8 @@
 Each question is a softmax over arms of which one is right; a step samples G answers of every question and follows the
 package's advantages. Entropy is compared at equal accuracy, since the estimators move at different speeds.
 
-    python scripts/riskpo_bandit.py                       # the table, and docs/results/riskpo_bandit.svg
-    python scripts/riskpo_bandit.py --seeds 1 --arms rb   # one run
+    python scripts/riskpo_bandit.py --plot docs/results/riskpo_bandit.svg   # all
+    python scripts/riskpo_bandit.py --seeds 1 --arms rb                     # one run
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,22 @@ from torch import Tensor
 from posttrain.methods.riskpo import PRESETS, RiskSettings, make_tracker, risk_advantages
 
 _NEUTRAL = PRESETS["neutral"]["risk"]
-_SHARED = {"credit": "shared", "quantile_source": "ema_hist"}
+_PAPER = PRESETS["paper"]["risk"]
+_OURS = PRESETS["rb"]["risk"]
 ARMS: dict[str, dict[str, Any]] = {
     "GRPO": _NEUTRAL,
     "Dr.GRPO": {**_NEUTRAL, "scale": "none"},
-    "shared + natural": _SHARED,
-    "shared + copy mean": {**_SHARED, "baseline": "copy_mean"},
-    "rb": PRESETS["rb"]["risk"],
+    "shared + natural": _PAPER,
+    "shared + copy mean": {**_PAPER, "baseline": "copy_mean"},
+    "rb": {**_PAPER, "credit": "rb"},
     "released sum-mean": PRESETS["released_dapo"]["risk"],
     "released std + natural": PRESETS["released_math"]["risk"],
-    "rb + stratified": {**PRESETS["rb"]["risk"], "bundles": "stratified"},
+    "rb, histogram (our default)": _OURS,
+    "rb + stratified": {**_OURS, "bundles": "stratified"},
+    "rb + anti-stratified": {**_OURS, "bundles": "anti_stratified"},
     "question level": {"level": "question"},
 }
+"""Settings by row. The first seven are the card's, its bundle rows with the paper's tracked quantiles."""
 
 CARD = {
     "GRPO": (1.10, 0.715, 140),
@@ -78,7 +82,7 @@ class Run:
 
 
 def train(settings: RiskSettings, world: World, seed: int) -> Run:
-    """Follow the advantages until the mean accuracy is `world.target`, or `world.limit` steps. Arm 0 is the right one."""
+    """Follow the advantages until the mean accuracy is `world.target`, or for `world.limit` steps. Arm 0 is right."""
     draws = torch.Generator().manual_seed(seed)
     logits = first_logits(world, draws)
     tracker, run, ema = make_tracker(settings), Run(), None
@@ -110,3 +114,107 @@ def policy_gradient(policy: Tensor, answers: Tensor, advantages: Tensor) -> Tens
     """`[Q, arms]`: mean over the answers of advantage times the gradient of the answer's log-probability."""
     taken = torch.zeros_like(policy).scatter_add_(1, answers, advantages)
     return (taken - advantages.sum(1, keepdim=True) * policy) / answers.shape[1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one arm at the target, a value a seed, and how many never got there."""
+
+    name: str
+    entropy: list[float]
+    pass_at_16: list[float]
+    steps: list[float]
+    missed: int
+
+
+def row_of(name: str, runs: Sequence[Run], world: World) -> Row:
+    """Figures of the runs that reached the target."""
+    there = [run for run in runs if run.accuracy[-1] >= world.target]
+    return Row(
+        name,
+        [run.entropy[-1] for run in there],
+        [run.pass_at_16 for run in there],
+        [float(run.steps) for run in there],
+        len(runs) - len(there),
+    )
+
+
+def said(values: Sequence[float], digits: int) -> str:
+    """Mean and range; a dash for no values."""
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def verdict(values: Sequence[float], published: float, digits: int) -> str:
+    """Whether a figure of the card lies within the seeds' range; the card's figures are rounded."""
+    half = 0.5 * 10**-digits
+    inside = bool(values) and min(values) - half <= published <= max(values) + half
+    return f"{published:.{digits}f} {'inside' if inside else 'outside'}"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Markdown: a line an arm, ours beside the card's."""
+    head = ("estimator", "entropy, nats", "card", "pass@16", "card", "steps", "card", "seeds that got there")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        ours = ((row.entropy, 2), (row.pass_at_16, 3), (row.steps, 0))
+        published = CARD.get(row.name, (None,) * 3)
+        cells = [row.name]
+        for (values, digits), figure in zip(ours, published, strict=True):
+            cells += [said(values, digits), "–" if figure is None else verdict(values, figure, digits)]
+        lines.append("| " + " | ".join([*cells, f"{len(row.steps)} of {len(row.steps) + row.missed}"]) + " |")
+    return lines
+
+
+def draw(runs: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Entropy over accuracy, a colour an arm and a line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "riskpo_bandit"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for place, (name, group) in enumerate(runs.items()):
+        for number, run in enumerate(group):
+            # Some hundred points are a curve; thousands only make the file large.
+            every = max(1, run.steps // 150)
+            axes.plot(
+                run.accuracy[::every],
+                run.entropy[::every],
+                color=pyplot.get_cmap("tab20")(place % 20),
+                linewidth=0.8,
+                label=name if number == 0 else None,
+            )
+    axes.set(xlabel="mean accuracy", ylabel="mean entropy of the policy, nats", title="Entropy at equal accuracy")
+    axes.legend(fontsize=8)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Train all arms and seeds, print the table, and draw the curves if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--plot", type=Path, help="where to draw entropy over accuracy")
+    for name in ("questions", "arms_each", "generations", "limit"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name in ("spread", "shift", "difficulty", "lr", "target"):
+        parser.add_argument(f"--{name}", type=float)
+    given = parser.parse_args()
+    names = {field.name: "arms_each" if field.name == "arms" else field.name for field in fields(World)}
+    world = World(**{name: value for name, key in names.items() if (value := getattr(given, key)) is not None})
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    runs = {arm: [train(RiskSettings(**ARMS[arm]), world, seed) for seed in range(given.seeds)] for arm in given.arms}
+    seconds, count = time.perf_counter() - started, given.seeds * len(given.arms)
+    print(world, f"seeds 0 to {given.seeds - 1}", f"{seconds / count:.2f} s a run", sep="\n", end="\n\n")
+    print("\n".join(table([row_of(name, group, world) for name, group in runs.items()])))
+    if given.plot:
+        draw(runs, given.plot)
+
+
+if __name__ == "__main__":
+    main()
