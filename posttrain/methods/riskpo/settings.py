@@ -29,7 +29,13 @@ class RiskSettings(BaseModel):
     alpha: float = Field(
         0.2, ge=0, lt=1, description="Share of lowest scores that count 1 + omega times; of risk=cvar the only ones."
     )
-    beta: float = Field(0.8, gt=0, le=1, description="Share of lowest scores that count at all: better ones give 0.")
+    beta: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Share of lowest scores that count at all: better ones give 0. Where that share of the scores is the "
+        "worst possible one nothing has a gradient: at 0.8 with five questions a bundle, below 4.4 % right answers.",
+    )
     omega: float = Field(
         0.5,
         ge=0,

@@ -182,6 +182,14 @@ def test_one_answer_or_one_bundle(form: dict[str, Any]) -> None:
     assert advantages(rewards_of(7, 4), {**form, "bundle_size": 1}).isfinite().all()
 
 
+def test_where_nearly_all_bundles_fail_there_is_no_gradient() -> None:
+    """Both quantiles are 0, from where on phi is flat; with beta=1 the few right answers count."""
+    rewards = torch.zeros(50, 10)
+    rewards[:6, 0] = 1
+    assert not advantages(rewards, {}).any() and not advantages(rewards, PAPER).any()
+    assert advantages(rewards, {"beta": 1.0}).any() and advantages(rewards, {"risk": "mean"}).any()
+
+
 def test_scales_divide() -> None:
     rewards = rewards_of(20, 6, 9)
     plain = advantages(rewards, {}).double()
