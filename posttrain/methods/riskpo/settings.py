@@ -33,8 +33,8 @@ class RiskSettings(BaseModel):
         0.8,
         gt=0,
         le=1,
-        description="Share of lowest scores that count at all: better ones give 0. Where that share of the scores is the"
-        " worst possible one nothing has a gradient: at 0.8 with five questions a bundle, below 4.4 % right answers.",
+        description="Share of lowest scores that count at all: better ones give 0. Where that share of the scores is "
+        "the worst possible one nothing has a gradient: at 0.8 with five questions a bundle, below 4.4 % right answers.",
     )
     omega: float = Field(
         0.5,

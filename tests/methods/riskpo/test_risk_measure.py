@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.methods.riskpo import measure
+from posttrain.methods.riskpo import RiskSettings, measure
 
 ALPHA, BETA, OMEGA = 0.2, 0.8, 0.5
 
@@ -107,6 +107,22 @@ def test_the_other_scores_are_gradients_too(name: str) -> None:
             assert found == pytest.approx(-np.log((masses * np.exp(-1.7 * atoms)).sum()) / 1.7, abs=1e-12)
             assert (masses * phi.numpy()).sum() == pytest.approx(0, abs=1e-12)
         np.testing.assert_allclose(score_gradient(phi.numpy(), masses), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("risk", ["mvar", "none", "cvar", "entropic", "mean"])
+def test_the_settings_choose_the_score(risk: str) -> None:
+    scores, low, high = torch.linspace(-1, 6, 29, dtype=torch.float64), torch.tensor(1.5), torch.tensor(4.0)
+    form = {"baseline": "none"} if risk == "none" else {"risk": risk, "temperature": 1.7, "alpha": 0.3, "omega": 2.0}
+    found = measure.score_function(RiskSettings(**form), low, high, scores)(scores).numpy()
+    values = scores.numpy()
+    expected = {
+        "mvar": -3.0 * np.clip(1.5 - values, 0, None) + np.clip(values, 1.5, 4.0) - 4.0,
+        "none": -1.5 * np.clip(1.5 - values, 0, None) + np.clip(values, 1.5, 4.0) - 1.5,
+        "cvar": -np.clip(1.5 - values, 0, None) / 0.3,
+        "entropic": (1 - np.exp(-1.7 * values) / np.exp(-1.7 * values).mean()) / 1.7,
+        "mean": values,
+    }
+    np.testing.assert_allclose(found, expected[risk], atol=1e-12)
 
 
 def test_the_entropic_score_does_not_overflow() -> None:
