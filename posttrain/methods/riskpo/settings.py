@@ -34,7 +34,7 @@ class RiskSettings(BaseModel):
         gt=0,
         le=1,
         description="Share of lowest scores that count at all: better ones give 0. Where that share of the scores is "
-        "the worst possible one nothing has a gradient: at 0.8 with five questions a bundle, below 4.4 % right answers.",
+        "the worst possible one nothing has a gradient: at 0.8 with five questions a bundle, below 4.4 % right.",
     )
     omega: float = Field(
         0.5,
