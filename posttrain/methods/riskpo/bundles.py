@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ORDER, PAIRING, DRAWS = range(3)
+ORDER, CLASSES, PAIRING, DRAWS = range(4)
 """Streams of random numbers of one step."""
 
 _MASK = (1 << 64) - 1
@@ -68,7 +68,7 @@ def bundle(
     if strategy == "anti_stratified":
         # Equally difficult questions are in random order, unequal ones are not: the class is shuffled as well.
         classes = order.view(size, -1)
-        shuffle = torch.rand(classes.shape, generator=generator(seed, step, DRAWS)).argsort(1)
+        shuffle = torch.rand(classes.shape, generator=generator(seed, step, CLASSES)).argsort(1)
         members = classes.gather(1, shuffle).T
     else:
         members = order.view(-1, size)

@@ -71,6 +71,8 @@ def rb(phi: Score, rewards: Tensor, draws: torch.Generator) -> Tensor:
 def leave_one_out(values: Tensor) -> Tensor:
     """Each value less the mean of the others of its last axis, NaN left out; 0 for NaN and for the only one."""
     count = (~values.isnan()).sum(-1, keepdim=True)
+    # Relative to one of them, equal values are 0 and stay so, without rounding errors.
+    values = values - values.nan_to_num(torch.inf).amin(-1, keepdim=True)
     centred = values - values.nanmean(-1, keepdim=True)
     return torch.where(count > 1, centred * count / (count - 1).clamp(min=1), 0.0).nan_to_num(0.0)
 

@@ -26,14 +26,21 @@ class RiskAdvantages:
 
 
 def advantages(
-    rewards: Tensor, config: Any, tracker: Tracker | None = None, *, seed: int = 0, step: int = 0, **more: Any
+    rewards: Tensor,
+    config: Any,
+    tracker: Tracker | None = None,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    difficulty: Tensor | None = None,
 ) -> Tensor:
     """The advantages of `risk_advantages` alone, `[questions, generations]` like the rewards.
 
     Args:
         config: `RiskSettings`; a stage's config, which has them as `risk`; or a dict of the fields of either.
     """
-    return risk_advantages(rewards, settings_of(config), tracker, seed=seed, step=step, **more).advantages
+    settings = settings_of(config)
+    return risk_advantages(rewards, settings, tracker, seed=seed, step=step, difficulty=difficulty).advantages
 
 
 def risk_advantages(

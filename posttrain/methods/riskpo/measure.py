@@ -18,13 +18,13 @@ def mvar_score(scores: Tensor, q_alpha: Tensor | float, q_beta: Tensor | float, 
 
     Never positive; slope 1 + w below `q_alpha`, 1 up to `q_beta`, 0 above. The quantiles broadcast.
     """
-    low, high = torch.as_tensor(q_alpha).to(scores), torch.as_tensor(q_beta).to(scores)
+    low, high = _like(scores, q_alpha), _like(scores, q_beta)
     return -(1 + omega) * (low - scores).clamp(min=0) + scores.clamp(low, high) - high
 
 
 def cvar_score(scores: Tensor, quantile: Tensor | float, level: float) -> Tensor:
     """Weight of each score in the gradient of CVaR at `level`: `-max(q - R, 0) / level`, elementwise."""
-    return -(torch.as_tensor(quantile).to(scores) - scores).clamp(min=0) / level
+    return -(_like(scores, quantile) - scores).clamp(min=0) / level
 
 
 def entropic_score(scores: Tensor, temperature: float, reference: Tensor) -> Tensor:
@@ -84,6 +84,10 @@ def omega_of_mixture(mixture: float, alpha: float, beta: float) -> float:
 def mixture_of_omega(omega: float, alpha: float, beta: float) -> float:
     """The released code's `w_mix` for the paper's omega; inverse of `omega_of_mixture`."""
     return (1 + omega) * alpha / (beta - alpha)
+
+
+def _like(scores: Tensor, value: Tensor | float) -> Tensor:
+    return torch.as_tensor(value, dtype=scores.dtype, device=scores.device)
 
 
 def _lower_sum(atoms: Tensor, probabilities: Tensor, level: float) -> Tensor:

@@ -67,7 +67,7 @@ def fill(data: Any) -> Any:
 
     `data` holds the loss settings beside a mapping `risk` of the fields of `RiskSettings`.
     """
-    if not isinstance(data, Mapping) or data.get("preset") not in PRESETS:
+    if not isinstance(data, Mapping) or not isinstance(data.get("preset"), str) or data["preset"] not in PRESETS:
         return data
     preset, risk = PRESETS[data["preset"]], data.get("risk")
     if risk is not None and not isinstance(risk, Mapping):

@@ -29,7 +29,13 @@ class RiskSettings(BaseModel):
     alpha: float = Field(
         0.2, ge=0, lt=1, description="Share of lowest scores that count 1 + omega times; of risk=cvar the only ones."
     )
-    beta: float = Field(0.8, gt=0, le=1, description="Share of lowest scores that count at all: better ones give 0.")
+    beta: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Share of lowest scores that count at all: better ones give 0. Where that share of the scores is "
+        "the worst possible one nothing has a gradient: at 0.8 with five questions a bundle, below 4.4 % right.",
+    )
     omega: float = Field(
         0.5,
         ge=0,
@@ -50,7 +56,7 @@ class RiskSettings(BaseModel):
     bundles: Strategy = Field(
         "random",
         description="Which questions share a bundle. stratified: those of like difficulty, which makes the hard ones "
-        "weigh more. anti_stratified: every bundle spans the difficulties.",
+        "weigh more. anti_stratified: every bundle spans the difficulties, which makes the easy ones weigh more.",
     )
     credit: Credit = Field(
         "rb",

@@ -88,7 +88,7 @@ WEIGHTS: dict[str, Callable[[Rates, RiskSettings], Tensor]] = {
 
 def _below(rate: Tensor, quantile: Tensor, width: Tensor | float) -> Tensor:
     """Share of `rate ± width / 2` that lies below `quantile`; half where width is 0 and both are equal."""
-    width = torch.as_tensor(width).to(rate)
+    width = torch.as_tensor(width, dtype=rate.dtype)
     ramp = ((quantile - rate) / torch.where(width > 0, width, 1.0) + 0.5).clamp(0, 1)
     step = ((quantile - rate).sign() + 1) / 2
     return torch.where(width > 0, ramp, step)
