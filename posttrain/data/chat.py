@@ -40,3 +40,22 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
     if not tokenizer.chat_template:
         return None
     return tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+
+
+def continued_text(
+    prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **template: Any
+) -> tuple[str, bool]:
+    """What a model that answers a prompt continues, and whether special tokens are to be added when it is tokenised.
+
+    Turns are rendered by the tokenizer's chat template up to where the assistant's turn begins, or, without a template,
+    as the role-tagged text that `plain_text` writes. A text is continued as it is.
+
+    Args:
+        template: variables for the template, e.g. a date.
+    """
+    if isinstance(prompt, str):
+        return prompt, True
+    if not tokenizer.chat_template:
+        return f"{plain_text(prompt)}\n\nAssistant:", True
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **template)
+    return text, False

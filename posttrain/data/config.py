@@ -3,112 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from posttrain.data.sections import GYM_LATER, PROBLEM_FIELDS, GymTasks, HubData, PairSamples, PythonText, Samples
 from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
 
 Builder = Literal["tiny", "python_text", "teacher_samples", "hub", "reasoning_gym", "preference_pairs"]
-
-Package = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
-
-
-class HubData(BaseModel):
-    """A data set of the Hugging Face hub, streamed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    name: str = Field(description="Name on the hub, `owner/name`.")
-    config: str | None = Field(None, description="Configuration (subset) of the data set.")
-    split: str = Field("train", description="Split to read.")
-    revision: str | None = Field(None, description="Commit or tag; None: the newest.")
-    max_rows: int = Field(20_000, ge=2, description="Rows to stream.")
-    licence: str = Field("see the data set's page on the hub", description="Written into dataset.json.")
-
-
-class PythonText(BaseModel):
-    """Documentation out of the installation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    packages: list[Package] = Field(
-        default_factory=list,
-        description="Packages, or parts of them as `torch.nn`, whose documentation is taken besides the standard "
-        "library's. What is not installed is left out.",
-    )
-    max_bytes: int | None = Field(None, ge=1, description="Most text to keep, bytes, held-out text included.")
-
-
-class Samples(BaseModel):
-    """How the input model is sampled. Changing any of these gives other text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    prompts: list[str] | None = Field(None, min_length=2, description="User turns; None: the built-in prompts.")
-    num_samples: int = Field(512, ge=2, description="Answers in all, train and held-out together.")
-    max_new_tokens: int = Field(256, ge=1, description="Longest answer, tokens.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with this probability.")
-    batch_size: int = Field(32, ge=1, description="Answers generated together; the random numbers are drawn per batch.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the sampling model.")
-
-
-class GymTasks(BaseModel):
-    """Generated tasks with checkable answers, of the package `reasoning_gym`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    tasks: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {name: dict(settings) for name, settings in EASY_TASKS.items()},
-        min_length=1,
-        description="Tasks by name, each with settings of its generator ({}: the generator's own). The default's are "
-        "small enough for a model of 135 million parameters to solve some. Naming one replaces them all.",
-    )
-    size: int = Field(2000, ge=2, description="Problems in all, train and held-out together, from every task in turn.")
-
-
-EASY_TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "letter_counting": {"min_words": 2, "max_words": 5},
-    "simple_equations": {"min_terms": 2, "max_terms": 2, "max_value": 10},
-    "gcd": {"max_value": 60},
-    "leg_counting": {"min_animals": 1, "max_animals": 2, "max_instances": 5},
-    "number_format": {"max_num_candidates": 2, "max_n": 10_000},
-}
-
-
-class PairSamples(BaseModel):
-    """How the input model is sampled for the rejected side of preference pairs. Changing any gives other pairs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    tries: int = Field(
-        4, ge=1, description="Answers sampled to a question until one is wrong; with none, the question is left out."
-    )
-    wrong_below: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="An answer that scores less is wrong, unless the right one stands in it: then it is neither.",
-    )
-    max_new_tokens: int = Field(64, ge=1, description="Longest answer, tokens.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with this probability.")
-    batch_size: int = Field(64, ge=1, description="Questions answered together.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the sampling model.")
-    reward: str | None = Field(
-        None,
-        description="Reward of an installed package that scores the answers (0 to 1) in place of the task's own "
-        "`score_answer`; null = the task's.",
-    )
-    score_seconds: float = Field(
-        10.0,
-        gt=0,
-        description="Time to score one answer; after it the answer is not used.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-
 
 SECTIONS = {
     "hub": ("hub",),
@@ -151,8 +53,8 @@ class DataSourceConfig(StageConfig):
     path: str | None = Field(
         None,
         description="A .jsonl, .txt or .md file, or a folder of them; ~ and relative paths as in a shell. "
-        "A .jsonl row has `text_field`, `messages`, `prompt` with `completion`, or `prompt` with `chosen` and "
-        "`rejected`; a .txt or .md file is one document.",
+        "A .jsonl row has `text_field`, `messages`, `prompt` with `completion`, `prompt` with `chosen` and "
+        "`rejected`, or `question` with `answer`; a .txt or .md file is one document.",
         json_schema_extra=NOT_IN_KEY,
     )
     text_field: str = Field("text", description="Field of a .jsonl or hub row that holds the text.")
@@ -201,6 +103,8 @@ class DataSourceConfig(StageConfig):
             raise ValueError("builder hub needs `hub: {name: owner/name}`")
         if self.settings and self.builder in get_args(Builder):
             raise ValueError(f"`settings` are for builders of installed packages, and {self.builder} is not one")
+        if self.builder == "preference_pairs" and (self.gym.answer_format != "plain" or self.gym.instruction):
+            raise ValueError("`gym.answer_format` and `gym.instruction` are for builder reasoning_gym: pairs are plain")
         return self
 
     @property
@@ -243,6 +147,11 @@ class DataSourceConfig(StageConfig):
             value = fields.pop(name)
             if name in used:
                 fields[name] = value
+        for name, later in (("hub", PROBLEM_FIELDS), ("gym", GYM_LATER)):
+            section = getattr(self, name)
+            for setting in later if name in fields else ():
+                if getattr(section, setting) == type(section).model_fields[setting].default:
+                    fields[name].pop(setting)
         if "pairs" in fields:
             fields["pairs"].pop("score_seconds")
             if fields["pairs"]["reward"] is None:

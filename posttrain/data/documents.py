@@ -53,6 +53,11 @@ def kinds(documents: Iterable[Document]) -> str:
     return "+".join(sorted({document.kind for document in documents}))
 
 
+def shared_fields(documents: Sequence[Document]) -> list[str]:
+    """The fields that the rows of all documents have beside text and turns, sorted."""
+    return sorted(set.intersection(*(set(document.fields) for document in documents)) if documents else set())
+
+
 def split_documents(
     documents: Sequence[Document], fraction: float, where: str = ""
 ) -> tuple[list[Document], list[Document]]:
@@ -99,7 +104,7 @@ def limited(documents: Iterable[Document], max_rows: int | None, max_bytes: int 
 
 
 def write_dataset(folder: Path, documents: Sequence[Document], **card: Any) -> None:
-    """Write `rows.jsonl` and `dataset.json`; `card` adds to rows, kind, bytes and sha256."""
+    """Write `rows.jsonl` and `dataset.json`; `card` adds to rows, kind, fields, bytes and sha256."""
     digest, size = hashlib.sha256(), 0
     with (folder / ROWS).open("wb") as file:
         for document in documents:
@@ -109,7 +114,8 @@ def write_dataset(folder: Path, documents: Sequence[Document], **card: Any) -> N
             size += len(document.text.encode())
         file.flush()
         os.fsync(file.fileno())
-    content = {**card, "rows": len(documents), "kind": kinds(documents), "bytes": size, "sha256": digest.hexdigest()}
+    found = {"rows": len(documents), "kind": kinds(documents), "fields": shared_fields(documents)}
+    content = {**card, **found, "bytes": size, "sha256": digest.hexdigest()}
     with (folder / CARD).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
         file.write("\n")

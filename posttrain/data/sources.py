@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from posttrain.data.builders import (
     tiny,
 )
 from posttrain.data.config import GYM_BUILDERS, DataSourceConfig
-from posttrain.data.documents import BYTES_PER_TOKEN, Document, kinds, limited, split_documents, too_few
+from posttrain.data.documents import BYTES_PER_TOKEN, Document, kinds, limited, shared_fields, split_documents, too_few
+from posttrain.data.problems import ANSWER
 from posttrain.errors import RecipeError
 from posttrain.pipeline.context import StageContext
 from posttrain.rewards import plugin
@@ -45,17 +46,21 @@ LICENCES = {
     "preference_pairs": preference_pairs.LICENCE,
 }
 
+FIELDS = {"python_text": (), "teacher_samples": (), "preference_pairs": ("chosen", "prompt", "rejected", tasks.TASK)}
+"""Builder to the fields of all its rows, where they do not depend on its settings."""
+
 KINDS = {"teacher_samples": "messages", "reasoning_gym": "messages", "preference_pairs": "preference"}
 """Builder to the kind of its rows, where it makes one kind alone."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Documents, bytes of text and kinds of rows, None while unknown."""
+    """Documents, bytes of text, kinds of rows and the fields that all have beside text and turns; None: unknown."""
 
     rows: int | None = None
     bytes: int | None = None
     kind: str | None = None
+    fields: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,21 +156,35 @@ def sizes(cfg: DataSourceConfig) -> tuple[Size, Size]:
             cfg, tiny.build() if cfg.kind == "tiny" else _read_cached(cfg.model_dump_json(), _state(cfg.source_path))
         )
         return _size(made.train), _size(made.heldout)
-    total, kind = _expected_bytes(cfg), row_kind(cfg)
+    total, made = _expected_bytes(cfg), Size(kind=row_kind(cfg), fields=row_fields(cfg))
     if total is None:
-        held = Size(kind=kind) if cfg.heldout_kind == "split" else _size(heldout_documents(cfg))
-        return Size(None, cfg.max_bytes, kind), held
+        held = made if cfg.heldout_kind == "split" else _size(heldout_documents(cfg))
+        return replace(made, bytes=cfg.max_bytes), held
     if cfg.heldout_kind != "split":
-        return Size(_rows(cfg, 0.0), _capped(cfg, total), kind), _size(heldout_documents(cfg))
+        return replace(made, rows=_rows(cfg, 0.0), bytes=_capped(cfg, total)), _size(heldout_documents(cfg))
     held = int(total * cfg.heldout_fraction)
     rows = _rows(cfg, cfg.heldout_fraction)
     heldout_rows = None if rows is None else tasks.heldout_size(cfg.gym.size, cfg.heldout_fraction)
-    return Size(rows, _capped(cfg, total - held), kind), Size(heldout_rows, held, kind)
+    return (
+        replace(made, rows=rows, bytes=_capped(cfg, total - held)),
+        replace(made, rows=heldout_rows, bytes=held),
+    )
 
 
 def row_kind(cfg: DataSourceConfig) -> str | None:
     """The kind of all rows, where the builder makes one kind alone."""
+    if cfg.kind == "hub" and cfg.hub and cfg.hub.question_field:
+        return "messages"
     return foreign.builder_of(cfg).rows if foreign.is_foreign(cfg) else KINDS.get(cfg.kind)
+
+
+def row_fields(cfg: DataSourceConfig) -> tuple[str, ...] | None:
+    """The fields of all rows beside text and turns, where the settings say."""
+    if cfg.kind == "reasoning_gym":
+        return tuple(sorted(reasoning_gym.row_fields(cfg.gym)))
+    if cfg.kind == "hub" and cfg.hub and cfg.hub.answer_field:
+        return (ANSWER,)
+    return FIELDS.get(cfg.kind)
 
 
 def licence(cfg: DataSourceConfig) -> str:
@@ -189,6 +208,9 @@ def external(cfg: DataSourceConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if cfg.kind == "files":
         found["files"] = _digests(cfg.source_path, f"data.path={cfg.path}", digest_path)
+        # Rows once lost these fields: artifacts from then must not be taken for those that have them.
+        if named := files.named_fields(cfg.source_path):
+            found["fields"] = named
     if cfg.kind == "python_text":
         found["python"] = platform.python_version()
         found["packages"] = python_text.versions(cfg.python.packages)
@@ -202,6 +224,8 @@ def external(cfg: DataSourceConfig) -> dict[str, Any]:
     if cfg.heldout_kind == "path":
         where = f"data.heldout_path={cfg.heldout_path}"
         found["heldout_files"] = _digests(cfg.heldout_source_path, where, digest_path)
+        if named := files.named_fields(cfg.heldout_source_path):
+            found["heldout_fields"] = named
     if cfg.heldout_kind == "committed":
         found["heldout_files"] = {"heldout.jsonl": digest_path(committed.committed_file())}
     return found
@@ -252,7 +276,7 @@ def _expected_bytes(cfg: DataSourceConfig) -> int | None:
         return int(cfg.samples.num_samples * cfg.samples.max_new_tokens * ANSWER_SHARE * BYTES_PER_TOKEN)
     if cfg.kind in GYM_BUILDERS:
         tasks.check_tasks(cfg.gym, "data")
-        return cfg.gym.size * tasks.typical_bytes(cfg.gym)
+        return cfg.gym.size * (tasks.typical_bytes(cfg.gym) + reasoning_gym.format_bytes(cfg.gym))
     assert cfg.hub is not None
     return cfg.hub.max_rows * 4000
 
@@ -270,4 +294,5 @@ def _capped(cfg: DataSourceConfig, size: int) -> int:
 
 
 def _size(documents: list[Document]) -> Size:
-    return Size(len(documents), sum(len(document.text.encode()) for document in documents), kinds(documents))
+    size = sum(len(document.text.encode()) for document in documents)
+    return Size(len(documents), size, kinds(documents), tuple(shared_fields(documents)))

@@ -51,6 +51,8 @@ class DataSource(Stage):
             extra = {"label": _label(cfg, name), "split": name, "bytes": size.bytes}
             if size.kind is not None:
                 extra["rows"] = size.kind
+            if size.fields is not None:
+                extra["fields"] = list(size.fields)
             metas[name] = ArtifactMeta(type="dataset", rows=size.rows, tokens=tokens, extra=extra)
         return metas
 
@@ -90,7 +92,7 @@ class DataSource(Stage):
     def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
         card = read_card(path)
         extra = {**predicted.extra, "bytes": card["bytes"], "sha256": card["sha256"], "licence": card["licence"]}
-        extra |= {"rows": card["kind"]} if "kind" in card else {}
+        extra |= {name: card[field] for name, field in (("rows", "kind"), ("fields", "fields")) if field in card}
         return replace(predicted, rows=card["rows"], tokens=card["bytes"] // BYTES_PER_TOKEN, extra=extra)
 
 

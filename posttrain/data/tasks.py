@@ -15,7 +15,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
-from posttrain.data.config import EASY_TASKS, GymTasks
+from posttrain.data.difficulty import refused_levels, variants
+from posttrain.data.sections import EASY_TASKS, GymTasks
 from posttrain.errors import Problem, RecipeError
 from posttrain.rewards.gym import generator_of, make_generator
 
@@ -40,7 +41,7 @@ class TaskProblem:
     """One generated problem.
 
     Attributes:
-        task: name, settings, seed, size and index of its generator, JSON-able.
+        task: name, settings, seed, size and index of its generator, and its difficulty if it has one; JSON-able.
     """
 
     question: str
@@ -49,7 +50,8 @@ class TaskProblem:
 
     @property
     def id(self) -> str:
-        return f"{self.task['name']}/{self.task['seed'] + self.task['index']}"
+        level = f"@{self.task['difficulty']}" if "difficulty" in self.task else ""
+        return f"{self.task['name']}{level}/{self.task['seed'] + self.task['index']}"
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ def package_version() -> str:
 
 
 def check_tasks(tasks: GymTasks, where: str) -> None:
-    """Raises RecipeError: the package is absent, a task's name is unknown, or its generator refuses its settings."""
+    """Raises RecipeError: no package, an unknown task, a level that it does not have, or settings that it refuses."""
     require_package(where)
-    if tasks.tasks == EASY_TASKS:
+    if _is_easy(tasks):
         return
-    if problems := _refused(json.dumps(tasks.tasks, sort_keys=True), where):
+    if problems := _refused(tasks.model_dump_json(), where):
         raise RecipeError(problems=list(problems))
 
 
@@ -112,10 +114,12 @@ def problem_of(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def typical_bytes(tasks: GymTasks) -> int:
-    """Mean size of a conversation of question and answer, for estimates."""
-    if tasks.tasks == EASY_TASKS:
-        return EASY_BYTES
-    return _typical_bytes(json.dumps(tasks.tasks, sort_keys=True))
+    """Mean size of question and answer as plain text, for estimates; what the answer's format adds is left out."""
+    return EASY_BYTES if _is_easy(tasks) else _typical_bytes(tasks.model_dump_json())
+
+
+def _is_easy(tasks: GymTasks) -> bool:
+    return tasks.tasks == EASY_TASKS and tasks.difficulty is None
 
 
 def _distinct(tasks: GymTasks, count: int, first_seed: int, taken: set[str]) -> tuple[list[TaskProblem], int]:
@@ -135,39 +139,55 @@ def _distinct(tasks: GymTasks, count: int, first_seed: int, taken: set[str]) -> 
 
 
 def _rotating(tasks: GymTasks, count: int, first_seed: int) -> Iterator[TaskProblem]:
-    """Problems of every task in turn, `TRIES * count` in all."""
-    size = max(1, TRIES * count // len(tasks.tasks))
+    """Problems of every task and level in turn, `TRIES * count` in all.
+
+    Each level has seeds of its own: with the same ones a task draws the same problems at several levels.
+    """
+    made = variants(tasks)
+    size = max(1, TRIES * count // len(made))
     for index in range(size):
-        for name, settings in tasks.tasks.items():
-            task = {"name": name, "settings": settings, "seed": first_seed, "size": size, "index": index}
+        for number, variant in enumerate(made):
+            seed = first_seed + number // len(tasks.tasks) * size
+            task = {**variant.task, "seed": seed, "size": size, "index": index}
             entry = problem_of(task)
             yield TaskProblem(entry["question"].strip(), str(entry["answer"]), task)
 
 
 @lru_cache(maxsize=8)
 def _typical_bytes(settings: str) -> int:
-    by_name = json.loads(settings)
-    few = draw(GymTasks(tasks=by_name, size=8 * len(by_name)), 0.0, 0).train
+    tasks = GymTasks.model_validate_json(settings)
+    few = draw(tasks.model_copy(update={"size": 8 * len(variants(tasks))}), 0.0, 0).train
     return sum(len(f"User: {found.question}\n\nAssistant: {found.answer}") for found in few) // len(few)
 
 
 @lru_cache(maxsize=8)
-def _refused(tasks: str, where: str) -> tuple[Problem, ...]:
+def _refused(settings: str, where: str) -> tuple[Problem, ...]:
     from reasoning_gym.factory import DATASETS
 
     from posttrain.config.suggest import nearest
 
+    tasks = GymTasks.model_validate_json(settings)
     problems = []
-    for name, settings in json.loads(tasks).items():
-        at = f"{where}.gym.tasks.{name}"
+    for name in tasks.tasks:
         if name not in DATASETS:
-            near = nearest(name, DATASETS)
+            near, at = nearest(name, DATASETS), f"{where}.gym.tasks.{name}"
             problems.append(Problem(f"{PACKAGE} has no task {name!r}", at, f"did you mean {near}?" if near else ""))
-            continue
+    there = tasks.model_copy(update={"tasks": {name: tasks.tasks[name] for name in tasks.tasks if name in DATASETS}})
+    levels = [] if tasks.difficulty is None else refused_levels(there, where)
+    return tuple(problems + (levels or _refused_settings(there, where)))
+
+
+def _refused_settings(tasks: GymTasks, where: str) -> list[Problem]:
+    from reasoning_gym.factory import DATASETS
+
+    problems = []
+    for variant in variants(tasks):
         try:
-            make_generator(name, json.dumps(settings, sort_keys=True), 0, 1)
+            make_generator(variant.name, json.dumps(variant.settings, sort_keys=True), 0, 1)
         except (AssertionError, TypeError, ValueError) as error:
-            known = ", ".join(sorted(set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"}))
+            known = ", ".join(sorted(set(DATASETS[variant.name][1].__dataclass_fields__) - {"seed", "size"}))
             said = str(error).strip() or type(error).__name__
-            problems.append(Problem(f"task {name} refuses its settings: {said}", at, f"its settings are: {known}"))
-    return tuple(problems)
+            level = "" if variant.level is None else f" at level {variant.level}"
+            what = f"task {variant.name} refuses its settings{level}: {said}"
+            problems.append(Problem(what, f"{where}.gym.tasks.{variant.name}", f"its settings are: {known}"))
+    return problems

@@ -30,6 +30,9 @@ MEASURED = (
     "top1_agreement",
     "kv_bytes_per_token_measured",
     "parameters",
+    "pass@1",
+    "pass@1_low",
+    "pass@1_high",
 )
 CONDITIONS = ("data_sha256", "documents", "tokens", "window_tokens", "precision")
 

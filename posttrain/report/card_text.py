@@ -185,10 +185,12 @@ def _evaluation(card: Json) -> Iterator[Block]:
         yield Text(f"Of the model after {of}, which this one was exported from:")
     elif card["certificate"]:
         yield Text("Of the model before its export:")
+    solved = any("pass@1" in one["model"] for one in card["evaluations"])
     for one in card["evaluations"]:
         for label, values in ((one["baseline"], one["source"]), (f"after {one['of']}", one["model"])):
             if values:
-                rows.append([f"{label} ({one['stage']})", *_figures(values)])
+                passed = [with_interval(values, "pass@1")] if solved else []
+                rows.append([f"{label} ({one['stage']})", *_figures(values), *passed])
         at = one["conditions"]
         notes.append(
             f"{one['stage']}: {_count(at['documents'])} held-out documents, {_count(at['tokens'])} scored tokens, "
@@ -205,6 +207,7 @@ def _evaluation(card: Json) -> Iterator[Block]:
         "KL to source (95 %)",
         "top-1 agreement",
         "KV B/token",
+        *(["pass@1 (95 %)"] if solved else []),
     ]
     yield Table(header, rows)
     if recovery := card["recovery"]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LOWER = ("perplexity", "nll", "loss", "kl", "bytes", "seconds")
-HIGHER = ("accuracy", "margin", "pass@1", "score")
+HIGHER = ("accuracy", "margin", "pass@", "score")
 """Words of a metric's name that say which direction is the better one; without one, no best value is marked."""
 MOST_CURVES = 12
 MOST_DIFFERENCES = 24
@@ -87,7 +87,8 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, float]]:
     for stage in run.stages:
         result = stage.result
         if "perplexity" in result:
-            for name in ("perplexity", "kv_bytes_per_token_measured"):
+            tries = ((result.get("problems") or {}).get("settings") or {}).get("k") or []
+            for name in ("perplexity", "kv_bytes_per_token_measured", *(f"pass@{k}" for k in tries)):
                 if isinstance(result.get(name), int | float):
                     yield f"{stage.name}: {name}", result[name]
             continue

@@ -13,6 +13,7 @@ from posttrain.report.facts import Row
 from posttrain.report.gates import gates
 from posttrain.report.limits import limits
 from posttrain.report.numbers import NONE, byte_size, duration, percent, significant, whole, with_interval
+from posttrain.report.problems import problems
 from posttrain.report.read import RunRecord, StageRecord
 
 
@@ -26,6 +27,7 @@ def content(run: RunRecord) -> list[Block]:
         _summary,
         _figures,
         _results,
+        problems,
         gates,
         _samples,
         _graph,

@@ -184,10 +184,11 @@ def estimates(run: RunRecord) -> list[Comparison]:
         # An evaluation estimates the tokens of every model it runs and counts the scored tokens of the text.
         models = 2 if "baseline_nll" in stage.result else 1
         tokens = stage.result.get("tokens")
+        processed = None if tokens is None else tokens * models + sampled_tokens(stage.result)
         pairs = (
             ("parameters", estimate.get("parameters"), stage.result.get("parameters"), ""),
             ("trainable parameters", estimate.get("trainable"), stage.result.get("trainable"), ""),
-            ("tokens processed", estimate.get("tokens"), tokens * models if tokens is not None else None, ""),
+            ("tokens processed", estimate.get("tokens"), processed, ""),
             ("peak memory", memory, _peak(stage.timing), "B"),
             (
                 f"KV cache per token ({stage.result.get('precision')})",
@@ -217,6 +218,12 @@ def _peak(timing: Json) -> Any:
         # What the process holds on the host is not what the plan estimates for a device.
         keys.remove("process_peak_bytes")
     return next((timing[key] for key in keys if timing.get(key)), None)
+
+
+def sampled_tokens(result: Json) -> int:
+    """Tokens that the models of an evaluation wrote in answer to problems."""
+    answers = (result.get("problems") or {}).get("answers") or {}
+    return sum(figures["tokens"] for figures in answers.values())
 
 
 def conversions(run: RunRecord) -> list[tuple[StageRecord, list[Json]]]:

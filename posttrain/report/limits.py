@@ -38,12 +38,22 @@ def _of_the_text(run: RunRecord) -> Iterator[str]:
     )
     window = values.get("window_tokens")
     yield f"Contexts were at most {window} tokens long; longer contexts were not tried."
+    skill = "Skill at other tasks than the problems above" if _answered(run) else "Skill at tasks"
     yield (
-        "Perplexity, KL and top-1 agreement compare next-token predictions. Skill at tasks, the following of "
+        f"Perplexity, KL and top-1 agreement compare next-token predictions. {skill}, the following of "
         "instructions and safety were not measured; the sample answers are illustrations."
     )
+    if _answered(run):
+        yield (
+            "Intervals of pass@k cover the choice of problems of this kind and of the samples, not that of the "
+            "instruction, the answer's form or the sampling settings."
+        )
     if len({row.values.get("data_sha256") for row in rows}) > 1:
         yield "Not all rows of the table were measured on the same text: compare only those with the same SHA-256."
+
+
+def _answered(run: RunRecord) -> bool:
+    return any(isinstance(stage.result.get("problems"), dict) for stage in run.stages)
 
 
 def _of_the_training(run: RunRecord) -> Iterator[str]:

@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from posttrain.data import tasks
-from posttrain.data.config import EASY_TASKS, DataSourceConfig, GymTasks
+from posttrain.data.config import DataSourceConfig
 from posttrain.data.reading import read_card, read_rows
+from posttrain.data.sections import EASY_TASKS, GymTasks
 from posttrain.data.stage import DataSource
 from posttrain.data.tasks import HELDOUT_SEEDS, SEEDS_PER_RUN, draw, problem_of
 from posttrain.errors import RecipeError, StageError

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from posttrain.config import load_recipe, registry
 from posttrain.data import tasks
-from posttrain.data.config import EASY_TASKS
+from posttrain.data.sections import GymTasks
 from posttrain.errors import RecipeError
 from posttrain.pipeline.graph import Graph
 from posttrain.pipeline.plan import make_plan
@@ -153,6 +151,6 @@ def test_a_deleted_stage_names_the_source_that_needs_it():
 
 
 def test_what_a_plan_takes_for_granted_of_the_default_tasks_is_so():
-    default = json.dumps(EASY_TASKS, sort_keys=True)
+    default = GymTasks().model_dump_json()
     assert tasks._typical_bytes(default) == tasks.EASY_BYTES
     assert tasks._refused(default, "data") == ()

@@ -15,9 +15,12 @@ PARTIAL = "partial.jsonl"
 
 
 def in_batches(
-    ctx: StageContext, batches: Sequence[list[Any]], prepare: Callable[[], Callable[[int], list[Any]]]
+    ctx: StageContext,
+    batches: Sequence[list[Any]],
+    prepare: Callable[[], Callable[[int], list[Any]]],
+    file_name: str = PARTIAL,
 ) -> list[Any]:
-    """The results of all items, one after the other; every finished batch is in `partial.jsonl` of the work folder.
+    """The results of all items, one after the other; every finished batch is in a file of the work folder.
 
     Args:
         prepare: called if something is left to do, e.g. to load a model; gives the function from a batch's number to
@@ -26,7 +29,7 @@ def in_batches(
     Raises:
         StopRequested: a stop was asked for; the finished batches are kept.
     """
-    partial = ctx.work_dir / PARTIAL
+    partial = ctx.work_dir / file_name
     results = _finished(partial, batches)
     if len(results) < len(batches):
         work = prepare()

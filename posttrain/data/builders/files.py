@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.chat import normal_messages, plain_text
 from posttrain.data.documents import Document, too_few
 from posttrain.data.pairs import UNFINISHED, UnusableAnswers, answered_text, answers_kind, normal_answers, prompt_text
+from posttrain.data.problems import ANSWER, TEST_CODE, TESTS, question_turns, reward_fields
 from posttrain.data.tasks import TASK
 from posttrain.errors import RecipeError
 
@@ -58,6 +61,17 @@ def read_files(path: Path, text_field: str, document_field: str | None, where: s
     return documents
 
 
+def named_fields(path: Path) -> list[str]:
+    """The fields for rewards that rows below `path` may have: those whose name stands in a .jsonl file as a string."""
+    found = set()
+    for file in text_files(path, str(path)):
+        if file.suffix.lower() != ".jsonl" or not file.stat().st_size:
+            continue
+        with file.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found |= {name for name in (ANSWER, TESTS, TEST_CODE) if content.find(f'"{name}"'.encode()) >= 0}
+    return sorted(found)
+
+
 def is_lone_text(path: Path) -> bool:
     """True for a single .txt or .md file, which is one document and must be cut to be split."""
     return path.is_file() and path.suffix.lower() in (".txt", ".md")
@@ -88,13 +102,15 @@ def read_jsonl(file: Path, name: str, text_field: str, document_field: str | Non
                 raise RecipeError(f"not JSON: {error.msg} (column {error.colno})", where=where, fix=fix) from error
             if row is not None:
                 document = row_document(row, f"{name}:{number}", text_field, document_field, where)
+                if document.kind != "text":
+                    document = replace(document, fields={**document.fields, **reward_fields(row)})
                 if document.text.strip():
                     yield document
 
 
 def row_document(row: Any, row_id: str, text_field: str, document_field: str | None, where: str) -> Document:
     """A document of a row: `{text_field: str}`, `{"messages": [...]}` (also `conversations`), a preference pair
-    (`prompt`, `chosen`, `rejected`) or a `prompt` with its `completion`.
+    (`prompt`, `chosen`, `rejected`), a `prompt` with its `completion`, or a `question` (or `prompt`) with its `answer`.
 
     Raises:
         RecipeError: it is none of them, or lacks a part.
@@ -110,13 +126,19 @@ def row_document(row: Any, row_id: str, text_field: str, document_field: str | N
     # A text of its own counts, unless it is the plain form of the conversation, as in our own artifacts.
     if isinstance(text, str) and (messages is None or text != plain_text(messages)):
         return Document(id=row_id, text=text, group=group)
+    if messages is None and (asked := question_turns(row)):
+        found = reward_fields(row)
+        turns = (*((turn["role"], turn["content"]) for turn in asked), ("assistant", found[ANSWER]))
+        text = plain_text([{"role": role, "content": content} for role, content in turns])
+        return Document(id=row_id, text=text, group=group or plain_text(asked), messages=turns, fields=found)
     if messages is None:
         fields = ", ".join(sorted(map(str, row))) or "none"
         raise RecipeError(
             f"the row has no text in field {text_field!r} and no `messages` (its fields: {fields})",
             where=where,
             fix='data.text_field=NAME, or rows {"messages": [{"role": "user", "content": "..."}, ...]}, or '
-            '{"prompt": ..., "chosen": ..., "rejected": ...}, or {"prompt": ..., "completion": ...}',
+            '{"prompt": ..., "chosen": ..., "rejected": ...}, {"prompt": ..., "completion": ...}, or '
+            '{"question": ..., "answer": ...}',
         )
     turns = tuple((turn["role"], turn["content"]) for turn in messages)
     return Document(id=row_id, text=plain_text(messages), group=group, messages=turns, fields=_kept(row))

@@ -15,9 +15,9 @@ from typing import Any
 from posttrain.data.builders.batches import batch_seed, cut, in_batches
 from posttrain.data.builders.teacher_samples import load_writer, write
 from posttrain.data.chat import plain_text
-from posttrain.data.config import GymTasks, PairSamples
 from posttrain.data.documents import Document
 from posttrain.data.pairs import UNFINISHED
+from posttrain.data.sections import GymTasks, PairSamples
 from posttrain.data.tasks import TASK, TaskProblem, draw
 from posttrain.errors import StageError
 from posttrain.pipeline.context import StageContext

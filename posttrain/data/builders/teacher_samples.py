@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from posttrain.data.builders.batches import batch_seed, cut, in_batches
 from posttrain.data.builders.prompts import built_in
 from posttrain.data.chat import plain_text
-from posttrain.data.config import PairSamples, Samples
 from posttrain.data.documents import Document
+from posttrain.data.sections import PairSamples, Samples
 from posttrain.errors import StageError
 from posttrain.pipeline.context import StageContext
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from posttrain.generation.settings import MOST_TEMPERATURE, Sampling
 from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
+from posttrain.rewards.config import AnswerFormat, GymReward, PoolSettings, RewardSettings
 
 PROMPTS = (
     "What is the capital of France?",
@@ -14,6 +16,70 @@ PROMPTS = (
     "List three fruits.",
     "Write a short polite email asking for a day off.",
 )
+
+
+class ProblemSettings(BaseModel):
+    """Answers sampled to the problems of the data set, and how often they are right: pass@k."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    samples: int = Field(16, ge=1, description="Answers sampled to each problem.")
+    k: tuple[int, ...] = Field(
+        (1, 4, 16),
+        min_length=1,
+        description="Numbers of tries for which the chance of at least one right answer is estimated, each at most "
+        "`samples`; 1 is always among them.",
+    )
+    max_problems: int = Field(200, ge=1, description="Problems to answer, from the start of the data set.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer, tokens; longer ones are cut off.")
+    temperature: float = Field(
+        1.0, ge=0, le=MOST_TEMPERATURE, allow_inf_nan=False, description="Sampling temperature; 0 = greedy, one sample."
+    )
+    top_k: int = Field(0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this probability.")
+    batch_rows: int = Field(64, ge=1, description="Answers written side by side; decides the last bits.")
+    reward: RewardSettings = Field(
+        default_factory=GymReward, description="Scores an answer; from 1 on it is right. It must say what is right."
+    )
+    answer: AnswerFormat = Field(default_factory=AnswerFormat, description="How the final answer is found.")
+    pool: PoolSettings = Field(default_factory=PoolSettings, description="The processes that score.")
+
+    @field_validator("k")
+    @classmethod
+    def _one_is_among_them(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError("numbers of tries begin at 1")
+        return tuple(sorted({1, *value}))
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        if self.k[-1] > self.samples:
+            most, fitting = self.k[-1], [k for k in self.k if k <= self.samples]
+            raise ValueError(f"k={most} needs {most} samples, not {self.samples}: set samples={most} or k={fitting}")
+        if not self.reward.correctness:
+            raise ValueError(f"reward {self.reward.type} does not say whether an answer is right")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError("greedy samples are all alike: temperature=0 needs samples=1 k=[1]")
+        try:
+            self.sampling(0, ())
+        except ValidationError as error:
+            raise ValueError(f"`{error.errors()[0]['loc'][0]}`: {error.errors()[0]['msg']}") from error
+        return self
+
+    def sampling(self, seed: int, stop: tuple[int, ...]) -> Sampling:
+        """How the answers are drawn."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=seed,
+            stop=stop,
+        )
+
+    def key_fields(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        return {**self.model_dump(mode="json"), "pool": self.pool.key_fields()}
 
 
 class EvaluateConfig(StageConfig):
@@ -56,3 +122,12 @@ class EvaluateConfig(StageConfig):
     repeats: int = Field(
         3, ge=0, description="Timed repeats after one warm-up; the median counts. 0 leaves the speed measurement out."
     )
+    problems: ProblemSettings | None = Field(
+        None, description="Answers to the problems of the data set are sampled and scored (pass@k); null = none."
+    )
+
+    def key_fields(self) -> dict[str, Any]:
+        """Without `problems` the key is what it was before there were any."""
+        fields = super().key_fields()
+        fields.pop("problems")
+        return fields if self.problems is None else {**fields, "problems": self.problems.key_fields()}

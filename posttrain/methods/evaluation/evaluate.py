@@ -14,6 +14,7 @@ from posttrain.data.reading import encode_documents, read_rows
 from posttrain.errors import PosttrainError, fail
 from posttrain.methods.evaluation import measure
 from posttrain.methods.evaluation.metrics import Sums, perplexity, summarise
+from posttrain.methods.evaluation.problems import measure_problems
 from posttrain.methods.evaluation.samples import greedy_answers
 from posttrain.methods.evaluation.scoring import Document, Logits, PartialResults, make_documents, score_document
 from posttrain.methods.evaluation.stage import ELEMENT_SIZE, position_limit
@@ -47,6 +48,8 @@ def evaluate(ctx: StageContext) -> Path:
     for name, model in models.items():
         figures |= _prefixed(name, _sizes(model, cfg.precision))
     boundary = _boundary(ctx, len(documents))
+    problems = None if cfg.problems is None else measure_problems(models, tokenizer, read_rows(data), limit, ctx)
+    figures |= {} if problems is None else problems.figures()
     answers = {}
     for name, model in models.items():
         boundary()
@@ -63,6 +66,8 @@ def evaluate(ctx: StageContext) -> Path:
         for index, prompt in enumerate(cfg.prompts)
     ]
     write_json(folder / "samples.json", samples)
+    if problems is not None:
+        problems.write(folder)
     ctx.record_result(**settings, **figures)
     return folder
 

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import Problem, RecipeError
-from posttrain.methods.evaluation.config import EvaluateConfig
+from posttrain.methods.evaluation.config import EvaluateConfig, ProblemSettings
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage, StageConfig
 
 ELEMENT_SIZE = {"fp32": 4, "bf16": 2}
 """Bytes of one weight, activation or cache element."""
 
+PROMPT_TOKENS = 256
+"""A problem with its chat template, for estimates."""
+
 
 class Evaluate(Stage):
-    """Perplexity, KL and top-1 agreement with the baseline, cache bytes, speed and samples of a model."""
+    """Perplexity, KL and top-1 agreement with the baseline, cache bytes, speed, samples and pass@k of a model."""
 
     type: ClassVar[str] = "evaluate"
     version: ClassVar[str] = "2"
@@ -25,15 +28,25 @@ class Evaluate(Stage):
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="The model to measure."),
         "baseline": InputSpec("model", optional=True, doc="The model to compare with, usually the source."),
-        "data": InputSpec("dataset", doc="Held-out documents."),
+        "data": InputSpec("dataset", doc="Held-out documents, which are also the problems of `problems`."),
     }
     outputs: ClassVar[dict[str, str]] = {"evaluation": "evaluation"}
+
+    def external(self, cfg: EvaluateConfig) -> dict[str, Any]:
+        """Versions of the packages that decide scores, where answers are scored."""
+        if cfg.problems is None:
+            return {}
+        from posttrain.rewards.score import identity
+
+        return {"reward": identity(cfg.problems.reward, "problems.reward of an evaluate stage")}
 
     def describe(self, cfg: EvaluateConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         return {"evaluation": ArtifactMeta("evaluation")}
 
     def check(self, cfg: EvaluateConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         problems = _data_problems(inputs["data"])
+        if cfg.problems is not None:
+            problems += _unscorable(cfg.problems, inputs["data"])
         if baseline := inputs.get("baseline"):
             problems += _baseline_problems(inputs["model"], baseline)
         if problems:
@@ -50,10 +63,11 @@ class Evaluate(Stage):
         window = int(min(cfg.max_tokens, position_limit(architectures)))
         rows = inputs["data"].rows
         documents = cfg.max_documents if rows is None else min(cfg.max_documents, rows)
+        answers = 0 if cfg.problems is None else _answer_tokens(cfg.problems, rows)
         notes = [f"windows of {window} tokens: the model's max_position_embeddings"] if window < cfg.max_tokens else []
         return Estimate(
             parameters=parameter_count(architectures[0]),
-            tokens=documents * window * cfg.max_windows * len(architectures),
+            tokens=(documents * window * cfg.max_windows + answers) * len(architectures),
             memory=_memory(cfg, architectures, window),
             cache_bytes_per_token=cache_bytes_per_token(architectures[0]),
             notes=tuple(notes),
@@ -78,7 +92,7 @@ def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: in
     memory = {"weights": parameter_count(architectures[0]) * size}
     if len(architectures) > 1:
         memory["baseline weights"] = parameter_count(architectures[1]) * size
-    if cfg.repeats or cfg.prompts:
+    if cfg.repeats or cfg.prompts or cfg.problems:
         # The decoder packs the projections of a layer's input and shares the rest; at most all but the down projection.
         memory["decoder"] = size * sum(
             layer_parameters(arch, layer) - arch["hidden_size"] * arch["intermediate_size"]
@@ -91,9 +105,39 @@ def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: in
     memory["activations"] = rows * size * (4 * arch["hidden_size"] + 3 * arch["intermediate_size"])
     # Logits, log-probabilities of both models and their product, fp32.
     memory["logits"] = min(cfg.chunk_tokens, window) * arch["vocab_size"] * 4 * (2 + 2 * len(architectures))
-    length = cfg.prefill_tokens + cfg.decode_tokens
-    memory["cache"] = cfg.batch_size * length * max(cache_bytes_per_token(item, size) for item in architectures)
+    per_token = max(cache_bytes_per_token(item, size) for item in architectures)
+    slots = cfg.batch_size * (cfg.prefill_tokens + cfg.decode_tokens)
+    if cfg.problems is not None:
+        slots = max(slots, cfg.problems.batch_rows * (PROMPT_TOKENS + cfg.problems.max_new_tokens))
+        # Logits of a step in the model's precision, and their weights in fp32.
+        memory["sampling"] = cfg.problems.batch_rows * arch["vocab_size"] * (size + 4)
+    memory["cache"] = slots * per_token
     return memory
+
+
+def _answer_tokens(cfg: ProblemSettings, rows: int | None) -> int:
+    """Tokens that one model writes at most."""
+    problems = cfg.max_problems if rows is None else min(cfg.max_problems, rows)
+    return problems * cfg.samples * cfg.max_new_tokens
+
+
+def _unscorable(cfg: ProblemSettings, data: ArtifactMeta) -> list[Problem]:
+    """What is known to be missing in the rows for them to be asked and scored."""
+    fields, needs = data.extra.get("fields"), cfg.reward.needs
+    if data.extra.get("rows") == "text":
+        lack = "its rows are plain text"
+    elif fields is not None and needs and not set(needs) & set(fields):
+        lack = f"its rows have no {' or '.join(f'`{field}`' for field in needs)}"
+    else:
+        return []
+    return [
+        Problem(
+            f"the data has no problems that reward {cfg.reward.type} can score: {lack}",
+            where="problems of an evaluate stage",
+            fix="inputs.data: a data set with right answers (data=reasoning_gym_rl, data=math), another "
+            "problems.reward, or problems=null",
+        )
+    ]
 
 
 def _data_problems(data: ArtifactMeta) -> list[Problem]:
