@@ -5,9 +5,9 @@
 
 All arms answer the same questions of reasoning-gym with the same model, 8 completions each, and score them by the
 tasks' own scorers. Ours is the stage's own trainer: fp32 weights under bf16 autocast, roll-outs by the decode engine,
-rewards in processes of their own. TRL is its GRPOTrainer with bf16 weights, which favours it, and rewards computed in its process.
-`static`: static cache and torch.compile of its decoding; `continuous`: transformers' continuous batching. With `--long`
-only a token that is next to never drawn ends a completion, so that nearly all have `--tokens`.
+rewards in processes of their own. TRL is its GRPOTrainer with bf16 weights, which favours it, and rewards computed in
+its process. `static`: static cache and torch.compile of its decoding; `continuous`: transformers' continuous batching.
+With `--long` only a token that is next to never drawn ends a completion, so that nearly all have `--tokens`.
 """
 # ruff: noqa: E402  (the checkout comes first on the path)
 
@@ -29,7 +29,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 import trl
-from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
 from posttrain.data.config import GymTasks
@@ -37,8 +36,9 @@ from posttrain.data.tasks import draw, generator_of
 from posttrain.methods.grpo.config import GrpoConfig
 from posttrain.models.loading import load_model, load_tokenizer
 from posttrain.pipeline.context import StageContext
-from posttrain.policy.data import PROMPT, ROW, Prompts, prompt_tokens
+from posttrain.policy.data import Prompts, read_prompts
 from posttrain.policy.trainer import PolicyTrainer
+from posttrain.rewards.config import GymReward
 from posttrain.rewards.score import RewardSet
 from posttrain.training.callbacks import ProfileCallback
 
@@ -65,14 +65,14 @@ class Marks(TrainerCallback):
 
 
 def questions(count: int, tokenizer: Any) -> Prompts:
-    """Easy problems of every kind in turn."""
-    problems = draw(GymTasks(size=count + 1), 0.0, 0).train[:count]
-    rows = []
-    for problem in problems:
-        turns = [{"role": "user", "content": problem.question}]
-        rows.append({PROMPT: turns, ROW: json.dumps({"id": problem.id, "task": problem.task, "messages": turns})})
-    lengths = [prompt_tokens(row[PROMPT], tokenizer) for row in rows]
-    return Prompts(Dataset.from_list(rows), sum(lengths), max(lengths))
+    """Easy problems of every kind in turn, as the stage would read them."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            {"id": one.id, "task": one.task, "messages": [{"role": "user", "content": one.question}]}
+            for one in draw(GymTasks(size=count + 1), 0.0, 0).train[:count]
+        ]
+        (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_prompts(Path(folder), tokenizer, 1024, {"correct": GymReward()})
 
 
 def ours(options: argparse.Namespace, variant: dict[str, str]) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def scored_here(completions: list[Any], row: list[str], **kwargs: Any) -> list[f
     for completion, text in zip(completions, row, strict=True):
         task = json.loads(text)["task"]
         generator = generator_of(task)
-        found.append(float(generator.score_answer(completion[0]["content"], generator[task["index"]]) >= 1.0))
+        found.append(float(generator.score_answer(completion, generator[task["index"]]) >= 1.0))
     return found
 
 

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant")
+TEMPLATE_DATE = "01 Jan 2025"
+"""Given to chat templates that print today's date, which would change prompts and answers from day to day."""
+
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "prompter": "user"}
 
 

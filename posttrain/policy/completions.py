@@ -33,8 +33,8 @@ class CompletionLog:
             for number in range(0, total, -(-total // self.count)):
                 row = {
                     "step": step,
-                    "prompt": _text(logs["prompt"][number]),
-                    "completion": _text(logs["completion"][number]),
+                    "prompt": logs["prompt"][number],
+                    "completion": logs["completion"][number],
                     "rewards": {name: _number(values[number]) for name, values in logs["rewards"].items()},
                     "advantage": logs["advantages"][number],
                 }
@@ -47,10 +47,6 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _text(turns: Any) -> str:
-    return turns if isinstance(turns, str) else (turns[-1]["content"] or "")
 
 
 def _number(value: float) -> float | None:

@@ -91,8 +91,8 @@ class Rails:
         if (clipped := metrics.get("completions/clipped_ratio")) is not None:
             signs["cut_off"] = (
                 clipped > 0.5,
-                f"{clipped:.0%} of the completions are cut off at max_completion_length={self.longest}: raise it, or set "
-                "mask_truncated_completions=true",
+                f"{clipped:.0%} of the completions are cut off at max_completion_length={self.longest}: raise it, or "
+                "set mask_truncated_completions=true",
             )
         if (flat := metrics.get("questions/zero_variance")) is not None:
             wrong = metrics.get("questions/all_wrong", 0.0)

@@ -13,7 +13,7 @@ from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 from posttrain.policy.config import PolicyConfig
-from posttrain.rewards.score import identity
+from posttrain.rewards.score import check_rows, identity
 from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
     ELEMENT_SIZE,
@@ -63,9 +63,11 @@ class PolicyStage(Stage):
     def estimate(self, cfg: PolicyConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         arch, data = inputs["model"].architecture, inputs["data"]
         prompt = mean_prompt_tokens(cfg, data)
-        tokens = cfg.rollouts * cfg.generation_batch_size * (prompt + cfg.max_completion_length)
+        question = cfg.num_generations * (prompt + cfg.max_completion_length)
+        tokens = cfg.rollouts * cfg.questions_per_batch * question
+        asked_once = None if data.rows is None else data.rows * question
         if arch is None:
-            return Estimate(tokens=tokens)
+            return Estimate(tokens=tokens, data_tokens=asked_once)
         adapters = adapter_parameters(arch, cfg.lora) if cfg.lora else 0
         trainable = adapters or trainable_parameters(arch, cfg.trainable)
         micro_batch_tokens = cfg.micro_batch() * (cfg.max_prompt_length + cfg.max_completion_length)
@@ -89,6 +91,7 @@ class PolicyStage(Stage):
             notes=(*self.notes(cfg, inputs), *budget_notes(arch, micro_batch_tokens, cfg, plan)),
             trainable=trainable,
             tokens=tokens,
+            data_tokens=asked_once,
             memory={**memory, "logits": head_bytes(arch, micro_batch_tokens), **rollout_bytes(cfg, arch)},
             cache_bytes_per_token=cache_bytes_per_token(arch),
             disk_bytes=ELEMENT_SIZE[cfg.save_dtype] * parameter_count(arch),
@@ -148,6 +151,12 @@ def data_problems(cfg: PolicyConfig, data: ArtifactMeta) -> list[Problem]:
     if kind == "text":
         problem = "the data is plain text, which asks nothing"
         return [Problem(problem, where=where, fix="a dataset of questions, e.g. data=reasoning_gym")]
+    if (fields := data.extra.get("fields")) is None:
+        return []
+    try:
+        check_rows(cfg.rewards, fields)
+    except RecipeError as error:
+        return list(error.problems)
     return []
 
 

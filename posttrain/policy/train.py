@@ -31,7 +31,7 @@ def train(ctx: StageContext, trainer_class: type[PolicyTrainer]) -> None:
     began = time.monotonic()
     source = ctx.inputs["model"].path
     tokenizer = load_tokenizer(source)
-    prompts = read_prompts(ctx.inputs["data"].path, tokenizer, cfg.max_prompt_length)
+    prompts = read_prompts(ctx.inputs["data"].path, tokenizer, cfg.max_prompt_length, cfg.rewards)
     model = load_model(source, device=ctx.device, dtype=torch.float32)
     plain_head(model)
     reset_peak_memory(ctx.device)

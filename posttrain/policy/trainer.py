@@ -101,12 +101,11 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     ) -> None:
         require_trl(trl.GRPOTrainer, GRPO_RELIED_ON)
         select_trainable(model, config.trainable)
-        self.reward_set, self.names = reward_set, list(config.rewards)
+        self.prompts, self.reward_set, self.names = prompts, reward_set, list(config.rewards)
         self.deciding = [at for at, reward in enumerate(config.rewards.values()) if reward.correctness]
         self.rails = Rails(ctx, config, self.deciding)
         self.completion_log = CompletionLog(ctx.work_dir, config.kept_completions if ctx.rank == 0 else 0)
         self.rewards = torch.empty(0)
-        self._tokenized: dict[str, list[int]] = {}
         self.clock = Clock()
         self.width_multiple = padding_multiple(ctx, config)
         self._logprobs: Tensor | None = None
@@ -214,14 +213,9 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         """
         return None
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """As TRL's, each prompt once: a question comes `num_generations` times, and again in every epoch."""
-        keys = [str(prompt) for prompt in prompts]
-        new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._tokenized}
-        if new:
-            ids, _, _ = super()._tokenize_prompts(list(new.values()))
-            self._tokenized.update(zip(new, ids, strict=True))
-        return [self._tokenized[key] for key in keys], None, {}
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Tokenised already, as an evaluation of the same data does it."""
+        return [self.prompts.ids[prompt] for prompt in prompts], None, {}
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
@@ -266,16 +260,16 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     def _calculate_rewards(
         self,
         inputs: list[dict[str, Any]],
-        prompts: list[Any],
-        completions: list[Any],
+        prompts: list[str],
+        completions: list[str],
         completion_ids_list: list[list[int]],
     ) -> Tensor:
         """Scores of all ranks' completions `[N, rewards]`; NaN where there is none."""
         self.watchdog.beat(f"scoring for step {self.state.global_step + 1}")
         with self.clock("scoring"):
             scores = self.reward_set.score(
-                [_plain(prompt) for prompt in prompts],
-                [_plain(completion) for completion in completions],
+                prompts,
+                completions,
                 [json.loads(row[ROW]) for row in inputs],
                 [len(ids) for ids in completion_ids_list],
             )
@@ -448,8 +442,3 @@ def trl_arguments(ctx: StageContext, config: PolicyConfig) -> dict[str, Any]:
 def _joined(parts: list[Tensor]) -> Tensor:
     """Rows of all parts; a number that is the same for all stays one."""
     return torch.cat(parts) if parts[0].dim() else parts[0]
-
-
-def _plain(turns: Any) -> str:
-    """Text of a prompt or completion in either of TRL's forms."""
-    return turns if isinstance(turns, str) else "\n".join(turn["content"] or "" for turn in turns)

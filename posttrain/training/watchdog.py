@@ -20,8 +20,8 @@ class Watchdog:
     """Inside `with`, whoever works calls `beat` at every unit; if none comes for `seconds`, the process is ended.
 
     Where every thread stands is written to `hang_rankN.txt` in the stage's work folder first. The stage has then
-    failed, and goes on from its newest checkpoint when the run is resumed. It looks from a thread of its own, so that it also
-    sees a main thread that waits for a device or another rank for ever.
+    failed, and goes on from its newest checkpoint when the run is resumed. It looks from a thread of its own, so that
+    it also sees a main thread that waits for a device or another rank for ever.
 
     Args:
         seconds: 0 never ends anything.

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.chat import continued_text, plain_text
+from posttrain.data.chat import TEMPLATE_DATE, continued_text, plain_text
 from posttrain.data.problems import ANSWER, prompt_of
 from posttrain.data.tasks import TASK
 from posttrain.errors import fail
 from posttrain.methods.evaluation.answers import Answers, Problem, answer_problems
 from posttrain.methods.evaluation.config import ProblemSettings
 from posttrain.methods.evaluation.pass_at_k import pass_figures
-from posttrain.methods.evaluation.samples import TEMPLATE_DATE
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.files import write_json, write_text
 

@@ -6,14 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from posttrain.data.chat import TEMPLATE_DATE
 from posttrain.generation import DecodeEngine, Sampling, unsupported
 from posttrain.generation.fallback import generate_by_transformers
 from posttrain.generation.tokens import stop_tokens
 
 log = logging.getLogger(__name__)
-
-TEMPLATE_DATE = "01 Jan 2025"
-"""Given to chat templates that print today's date, which would change the answers from day to day."""
 
 
 def render_prompt(tokenizer: Any, prompt: str) -> tuple[str, bool]:
