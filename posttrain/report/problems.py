@@ -153,7 +153,7 @@ def _conditions(one: Answered) -> Iterator[str]:
     yield (
         "pass@k: unbiased chance that at least one of k sampled answers is right. Intervals: 95 %, problems drawn with "
         "replacement (seeded bootstrap); the difference is paired by problem. Not detected is not absent: more "
-        "problems may show it."
+        "problems may show it, and an interval of no width says only that these came out alike."
     )
     yield "Entropy: mean of -log p of the sampled tokens, without top-k and top-p, at that temperature."
     reasons = {"without": "nothing to score", "too_long": "too long", "unscorable": "could not be scored"}
@@ -167,9 +167,9 @@ def _shown(one: Answered) -> Iterator[Block]:
             continue
         yield Text("The first sampled answers to the first problems; nothing is selected.")
         for shown in read_json(folder / "answers.json"):
+            right = [] if shown.get("answer") is None else [("right answer", shown["answer"])]
             texts = [(one.labels[name], text or "(nothing)") for name in one.labels for text in shown.get(name, [])]
-            right = f"\n[right: {shown['answer']}]" if shown.get("answer") is not None else ""
-            yield Sample(f"{shown['prompt']}{right}", texts)
+            yield Sample(shown["prompt"], [*right, *texts])
 
 
 def _caption(one: Answered) -> str:
@@ -189,17 +189,19 @@ def _colour(name: str) -> str:
 
 def _curves(one: Answered) -> Callable[[Axes], None]:
     def draw(axis: Axes) -> None:
-        for name, label in one.labels.items():
+        for index, (name, label) in enumerate(one.labels.items()):
             figures = one.figures(name)
             values = [figures[f"pass@{k}"] for k in one.ks]
-            axis.errorbar(one.ks, values, yerr=_errors([figures] * len(one.ks), one.ks, values), color=_colour(name),
-                          marker="o", markersize=4, capsize=3, label=label)  # fmt: skip
-        axis.set(xlabel="k", ylabel="pass@k", ylim=(0, 1))
+            # Apart by two hundredths, or one model's interval hides the other's.
+            places = [k * 1.02**index for k in one.ks]
+            errors = _errors([figures] * len(one.ks), one.ks, values)
+            axis.errorbar(places, values, errors, color=_colour(name), marker="o", markersize=4, capsize=3, label=label)
+        axis.set(xlabel="k", ylabel="pass@k")
         if one.ks[-1] > 1:
             axis.set_xscale("log", base=2)
         axis.set_xticks(one.ks, [str(k) for k in one.ks])
         axis.set_title("Problems solved within k tries")
-        axis.legend()
+        _share_axis(axis)
 
     return draw
 
@@ -214,11 +216,18 @@ def _bars(one: Answered, title: str, groups: Json) -> Callable[[Axes], None]:
             axis.bar(places, values, width, color=_colour(name), label=label,
                      yerr=_errors(figures, [1] * len(figures), values), capsize=2)  # fmt: skip
         axis.set_xticks(range(len(groups)), [plots.short_label(group) for group in groups])
-        axis.set(ylabel="pass@1", ylim=(0, 1))
+        axis.set(ylabel="pass@1")
         axis.set_title(f"pass@1 by {title}")
-        axis.legend()
+        _share_axis(axis)
 
     return draw
+
+
+def _share_axis(axis: Axes) -> None:
+    """0 to 1, with room for the legend above."""
+    axis.set_ylim(0, 1.35)
+    axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axis.legend(loc="upper left", fontsize=9.5)
 
 
 def _errors(figures: Sequence[Json], ks: Sequence[int], values: Sequence[float]) -> Any:

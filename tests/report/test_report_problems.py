@@ -110,9 +110,14 @@ def test_answers_settings_and_samples_are_told(tmp_path: Path) -> None:
     assert "4 answers to each problem at temperature 1.0, at most 128 tokens; right by reward gym" in told
     assert "Left out: 3 too long, 1 could not be scored." in told and "top_p 0" not in told
     sample = next(block for block in problems(run) if isinstance(block, Sample))
-    assert sample.prompt == "1 + 1?\n[right: 2]"
-    assert sample.answers == [(LABEL, "baseline <answer>"), (LABEL, "(nothing)"), ("after train", "model <answer>"),
-                              ("after train", "(nothing)")]  # fmt: skip
+    assert sample.prompt == "1 + 1?"
+    assert sample.answers == [
+        ("right answer", "2"),
+        (LABEL, "baseline <answer>"),
+        (LABEL, "(nothing)"),
+        ("after train", "model <answer>"),
+        ("after train", "(nothing)"),
+    ]
 
 
 def test_filters_are_told_where_they_are_on(tmp_path: Path) -> None:
