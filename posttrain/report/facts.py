@@ -265,12 +265,21 @@ def settings(stage: StageRecord) -> list[tuple[str, Any, Any]]:
     changed = []
     for name, value in config.items():
         default = fields[name].get_default(call_default_factory=True) if name in fields else None
-        default = getattr(default, "model_dump", lambda **_: default)(mode="json")  # noqa: B023
-        if _plain(value) != _plain(default):
-            changed.append((name, value, default))
+        changed += _differences(name, _plain(value), _plain(default))
     return changed
 
 
+def _differences(name: str, value: Any, default: Any) -> list[tuple[str, Any, Any]]:
+    """Where two values differ: within sections that both have, field by field."""
+    if not (isinstance(value, dict) and isinstance(default, dict) and default):
+        return [(name, value, default)] if value != default else []
+    return [found for key, item in value.items() for found in _differences(f"{name}.{key}", item, default.get(key))]
+
+
 def _plain(value: Any) -> Any:
-    """Tuples as lists, so that a value read from JSON equals its default."""
+    """As it is read from JSON: models as objects, tuples as lists."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
