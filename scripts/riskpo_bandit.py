@@ -60,12 +60,12 @@ class World:
     questions: int = 100
     arms: int = 16
     generations: int = 10
-    spread: float = 1.0  # standard deviation of the first logits of a question
-    shift: float = -1.0  # what the right arm's logit gets on top, mean over the questions
-    difficulty: float = 2.0  # and standard deviation
+    spread: float = 0.9  # standard deviation of the first logits of a question
+    shift: float = -0.9  # what the right arm's logit gets on top, mean over the questions
+    difficulty: float = 1.8  # and standard deviation
     lr: float = 0.3
     target: float = 0.6
-    limit: int = 3000
+    limit: int = 2000
 
 
 @dataclass

@@ -82,7 +82,6 @@ def risk_advantages(
         result, found = _of_bundles(values, settings, source, seed, step, difficulty)
     if settings.scale == "group_std":
         result = result / (credit.nanstd(values) + 1e-4)
-    result = torch.where(values.isnan(), 0.0, result)
     return RiskAdvantages(result.float().to(rewards.device), {**metrics, **found})
 
 

@@ -53,7 +53,7 @@ def pass_at_k_weight(right: Tensor, count: Tensor, k: int) -> Tensor:
     weight = torch.full_like(right, float(k))
     for taken in range(k - 1):
         weight = weight * (count - right - taken).clamp(min=0) / (count - taken).clamp(min=1)
-    return torch.where(count >= k - 1, weight, 0.0)
+    return weight
 
 
 def _mvar(rates: Rates, settings: RiskSettings) -> Tensor:

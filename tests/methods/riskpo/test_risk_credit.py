@@ -239,11 +239,12 @@ def test_leave_one_out_and_deviation_skip_the_missing() -> None:
 def test_a_question_without_rewards_is_one_drawn_from_the_batch(binary: bool) -> None:
     torch.manual_seed(0)
     rewards = torch.rand(1, 2, 6, dtype=torch.float64)
-    rewards = (rewards < 0.5).double() if binary else rewards
+    rewards = (rewards < 0.25).double() if binary else rewards
     unknown = torch.cat([rewards, torch.full((1, 1, 6), torch.nan)], 1)
     found = torch.stack([credit.rb(phi, unknown, draws(step)) for step in range(1 if binary else 200)]).mean(0)
     assert (found[0, 2] == 0).all()
     values, pool = rewards[0].numpy(), rewards.flatten().numpy()
+    assert not binary or 0.05 < pool.mean() < 0.45, "not as many right as wrong answers"
     for own, other in ((0, 1), (1, 0)):
         expected = np.array([np.mean([phi_of(r + s + t) for s in values[other] for t in pool]) for r in values[own]])
         expected = (expected - expected.mean()) * 6 / 5

@@ -57,6 +57,10 @@ def test_neutral_holds_for_tracked_quantiles_that_lag() -> None:
     tracker.update(torch.zeros(50))
     rewards = 2 * rewards_of(10, 6) - 1
     torch.testing.assert_close(advantages(rewards, settings, tracker), grpo(rewards), atol=1e-6, rtol=1e-6)
+    # No share of the scores is extra weighted at alpha=0, those below all earlier ones neither.
+    weighted, late = settings.model_copy(update={"omega": 3.0}), make_tracker(settings)
+    late.update(torch.zeros(50))
+    torch.testing.assert_close(advantages(rewards, weighted, late), grpo(rewards), atol=1e-6, rtol=1e-6)
 
 
 def shared_by_hand(rewards: np.ndarray, step: int, low: float, high: float) -> np.ndarray:

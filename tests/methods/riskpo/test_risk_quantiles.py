@@ -160,3 +160,6 @@ def test_the_inverse_cdf_takes_the_lower_atom_where_it_is_flat() -> None:
     atoms = torch.arange(5).double()
     found = [float(inverse_cdf(atoms, torch.ones(5).double(), level)) for level in (0, 0.2, 0.200001, 0.6, 0.8, 1.0)]
     assert found == [0, 0, 1, 2, 3, 4]
+    # Five times 0.7 makes shares that are a rounding error below a fifth.
+    weights = torch.full((5,), 0.7, dtype=torch.float64)
+    assert [float(inverse_cdf(atoms, weights, level)) for level in (0.2, 0.4, 0.6, 0.8)] == [0, 1, 2, 3]

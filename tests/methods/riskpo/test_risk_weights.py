@@ -10,7 +10,7 @@ import pytest
 import torch
 from methods.riskpo.test_risk_measure import integral, mvar_by_hand, quantile
 
-from posttrain.methods.riskpo import RiskSettings, advantages, risk_advantages, weights
+from posttrain.methods.riskpo import RiskSettings, advantages, make_tracker, risk_advantages, weights
 from posttrain.methods.riskpo.weights import WEIGHTS, Rates
 
 RATES = np.array([0.03, 0.11, 0.24, 0.35, 0.48, 0.52, 0.67, 0.71, 0.83, 0.96, 0.99])
@@ -116,6 +116,13 @@ def test_the_question_level_answer_by_answer(best: float) -> None:
     low, high = means[2], means[8]  # of 11: the 3rd holds .2, the 9th .8
     assert (found.metrics["q_alpha"], found.metrics["q_beta"]) == pytest.approx((low, high))
     np.testing.assert_allclose(found.advantages, question_mvar(rewards, low, high, 0.5), atol=1e-6)
+
+
+def test_the_tracker_sees_mean_rewards() -> None:
+    settings = RiskSettings(level="question")
+    tracker = make_tracker(settings)
+    advantages(torch.tensor([[1.0, 0.0, float("nan")], [1.0, 1.0, 1.0], [float("nan")] * 3]), settings, tracker)
+    assert tracker.atoms.tolist() == [0.5, 1.0]
 
 
 def test_hard_questions_weigh_more_at_question_level() -> None:
