@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "max_steps": 150,
     "num_generations": 8,
     "generation_batch_size": 320,
-    "micro_batch_size": 320,
+    "micro_batch_size": 80,
     "max_prompt_length": 160,
     "max_completion_length": 32,
     "lr": 1e-5,
@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
     "save_seconds": 0,
     "rewards": {"correct": {"type": "gym"}},
 }
-TEACH = {"max_steps": 60, "tokens_per_step": 8192, "sequence_length": 256, "lr": 1e-4, "compile": "off"}
+TEACH = {"max_steps": 150, "tokens_per_step": 8192, "sequence_length": 256, "lr": 1e-4, "compile": "off"}
 HELDOUT, SAMPLES, K = 2000, 16, (1, 4, 16)
 
 
@@ -159,7 +159,7 @@ def start(arm: str, seed: int, options: argparse.Namespace) -> subprocess.Popen[
     command = [sys.executable, __file__, "one", "--out", str(options.out), "--arm", arm, "--seed", str(seed)]
     command += ["--device", options.device, "--heldout", str(options.heldout), "--samples", str(options.samples)]
     command += ["--set", json.dumps(options.set)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     with (logs / f"{arm}-{seed}.log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("command", choices=["prepare", "run", "one", "report"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="for prepare: folder of the model to start from")
-    parser.add_argument("--arms", nargs="+", default=[name for name in ARMS if name != "question"], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--arm", choices=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
