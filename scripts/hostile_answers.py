@@ -67,7 +67,7 @@ PROGRAMS: dict[str, Maker] = {
     "kill parent": _tried("import os\nassert os.getppid()\nos.kill(os.getppid(), 9)"),
     "kill others": _tried("import os\n[os.kill(n, 9) for n in range(2, 500)]"),
     "environment": _tried("import os\nassert any('SECRET' in name or 'KEY' in name for name in os.environ)"),
-    "proc": _tried("assert open('/proc/1/environ').read() or open('/proc/self/mem')"),
+    "proc": _tried("assert open('/proc/self/environ').read()"),
     "mount": _tried("import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/work', b'tmpfs', 0, None) == 0"),
     "new namespace": _tried("import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0"),
     "chroot": _tried("import os\nos.mkdir('x')\nos.chroot('x')"),
@@ -76,7 +76,6 @@ PROGRAMS: dict[str, Maker] = {
     "leave early": _plain("import sys\nsys.exit(0)\n"),
     "abort": _plain("import os\nos.abort()\n"),
     "crash": _plain("import ctypes\nctypes.string_at(NUMBER)\n"),
-    "deep recursion": _plain("import sys\nsys.setrecursionlimit(10**9)\nf = lambda n: f(n + 1)\nf(0)\n"),
     "memory": _plain("x = bytearray(1 << 33)\n"),
     "memory slowly": _plain("x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n"),
     "big file": _plain("f = open('big', 'wb')\nwhile True:\n    f.write(b'x' * (1 << 20))\n"),
@@ -87,12 +86,13 @@ PROGRAMS: dict[str, Maker] = {
 }  # fmt: skip
 
 SLOW_PROGRAMS: dict[str, Maker] = {
+    "deep recursion": _plain("import sys\nsys.setrecursionlimit(10**9)\nf = lambda n: f(n + 1)\nf(0)\n"),
     "loop": _plain("while True:\n    pass\n"),
     "sleep": _plain("import time\ntime.sleep(10**6)\n"),
     "fork bomb": _plain("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"),
     "daemon": _plain("import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.close(1)\ntime.sleep(10**6)\n"),
     "ignore signals": _plain(
-        "import signal\nfor n in {*range(1, 32)} - {9, 19}:\n    signal.signal(n, signal.SIG_IGN)\nwhile True:\n    pass\n"
+        "import signal\nfor n in {*range(1, 32)} - {9, 19}: signal.signal(n, 1)\nwhile True:\n    pass\n"
     ),
     "no output": _plain("import os\nos.close(0)\nos.close(1)\nos.close(2)\nwhile True:\n    pass\n"),
     "regex": _plain("import re\nre.match('(a+)+$', 'a' * 50 + 'b')\n"),
@@ -108,8 +108,7 @@ FORMULAS: dict[str, Maker] = {
     "attribute": lambda source, folder, port: "().__class__.__bases__[0].__subclasses__()[1] / 2",
     "write18": lambda source, folder, port: rf"\immediate\write18{{touch {folder}/new}}",
     "lambda": lambda source, folder, port: f"(lambda: open('{folder}/new','w'))() + 1",
-    "brackets": lambda source, folder, port: "(" * source.randrange(10, 120) + "1" + ")" * 80,
-    "roots": lambda source, folder, port: _nested(r"\sqrt{1+", "}", source.randrange(5, 25)),
+    "roots": lambda source, folder, port: _nested(r"\sqrt{1+", "}", source.randrange(2, 9)),
     "megabyte": lambda source, folder, port: source.choice("1x+$\\") * (1 << 20),
     "digits": lambda source, folder, port: "9" * source.randrange(1000, 9000),
     "zero bytes": lambda source, folder, port: "4\0" * source.randrange(1, 50),
@@ -122,6 +121,7 @@ FORMULAS: dict[str, Maker] = {
 SLOW_FORMULAS: dict[str, Maker] = {
     "braces": lambda source, folder, port: "{" * source.randrange(10, 3000),
     "deep": lambda source, folder, port: _nested(r"\frac{1}{1+", "}", source.randrange(20, 40)),
+    "brackets": lambda source, folder, port: "(" * source.randrange(10, 120) + "1" + ")" * 80,
     "tower": lambda source, folder, port: "10^{10^{10^{10}}}",
     "python tower": lambda source, folder, port: "9**9**9**9**9",
     "factorials": lambda source, folder, port: "(((99!)!)!)!",

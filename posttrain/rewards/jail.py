@@ -144,7 +144,7 @@ def _execute(ends: Ends) -> None:
     os.closerange(3, ends.failure)
     os.closerange(ends.failure + 1, 1 << 16)
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "HOME": os.getcwd()}
-    os.execve(PYTHON, ["python", "-P", "-s", "-S", "-B", MAIN], environment)
+    os.execve(PYTHON, [PYTHON, "-P", "-s", "-S", "-B", MAIN], environment)
 
 
 def _limit(limits: Limits, others: int) -> None:

@@ -93,6 +93,9 @@ class RewardSet:
         workers: processes that score side by side.
         memory_mb: address space of each, MiB; None = no limit.
         where: path of the settings in the recipe, for messages.
+
+    Raises:
+        RecipeError: an installed package has no such reward.
     """
 
     def __init__(
@@ -105,6 +108,9 @@ class RewardSet:
         where: str = "rewards",
     ) -> None:
         self.rewards, self.answer, self.where = dict(rewards), answer, where
+        for name, reward in self.rewards.items():
+            if isinstance(reward, PluginReward):  # a missing one is told now, and the manifest names its package
+                plugin.load(reward.name, f"{where}.{name}")
         kinds = {type(reward) for reward in self.rewards.values()}
         modules = [module for kind in MODULES if kind in kinds for module in MODULES[kind]]
         # An installed package's reward is trusted with the environment: it may need a key or a cache folder.
