@@ -107,6 +107,7 @@ def test_levels_are_those_of_the_curriculum_and_own_settings_win() -> None:
         assert settings == {"min_terms": 2, "max_terms": most, "min_digits": 1, "max_digits": 2}
     assert max(p.question.count("+") + p.question.count("-") for p in by_level[0]) == 1
     assert max(p.question.count("+") + p.question.count("-") for p in by_level[2]) == 3
+    assert {p.id.partition("/")[0] for p in found} == {"chain_sum@0", "chain_sum@2"}
     assert len({p.id for p in found}) == len({p.question for p in found}) == len(found) == 60
     for part, first in ((drawn.train, 0), (drawn.heldout, HELDOUT_SEEDS)):
         seeds = [p.task["seed"] + p.task["index"] - 3 * SEEDS_PER_RUN for p in part]

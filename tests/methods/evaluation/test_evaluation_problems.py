@@ -17,8 +17,10 @@ from posttrain.data.tasks import problem_of
 from posttrain.errors import RecipeError, StageError, StopRequested
 from posttrain.generation import DecodeEngine
 from posttrain.methods.evaluation import answers as answers_module
+from posttrain.methods.evaluation.answers import Answers, Problem
 from posttrain.methods.evaluation.config import EvaluateConfig, ProblemSettings
 from posttrain.methods.evaluation.pass_at_k import NO_DIFFERENCE, pass_at_k
+from posttrain.methods.evaluation.problems import Measured, find_problems
 from posttrain.methods.evaluation.stage import Evaluate
 from posttrain.models.tiny import tiny_tokenizer
 from posttrain.pipeline.stage import ArtifactMeta
@@ -191,6 +193,7 @@ def test_a_second_run_and_a_resumed_one_are_bit_equal(folders, fake, tmp_path, m
 
 def test_transformers_answers_have_their_entropy_too(folders, fake, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(answers_module, "unsupported", lambda model: "this test")
+    torch.manual_seed(123)
     state = torch.random.get_rng_state()
     result, _ = run(tmp_path, config(problems={**SMALL, "temperature": 0.7}), **folders)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -338,3 +341,47 @@ def test_the_estimate_counts_the_answers() -> None:
     assert wide.memory["cache"] == 500 * (256 + 6) * 2 * 2 * 2 * 16 * 4
     assert wide.memory["sampling"] == 500 * arch["vocab_size"] * 8 and "sampling" not in plain.memory
     assert "decoder" in asked.memory and "decoder" not in plain.memory
+
+
+def test_only_problems_scored_for_both_models_count_and_part_of_a_point_is_not_right(tmp_path: Path) -> None:
+    asked = [Problem(n, f"p{n}", "gcd" if n else "lcm", None, "?", [1], {}) for n in range(3)]
+    full = [1.0, 0.5, 0.0, 1.0]
+    answers = {
+        "model": Answers([full, full, full], {}, []),
+        "baseline": Answers([full, [1.0, None, 0.0, 0.0], [0.99] * 4], {}, []),
+    }
+    found = Measured(asked, answers, {}, context(tmp_path, config(problems=SMALL)))
+    figures = found.figures()
+    assert figures["problems"]["left_out"] == {"unscorable": 1} and figures["problems"]["problems"] == 2
+    assert {name: group["problems"] for name, group in figures["problems"]["by_task"].items()} == {"gcd": 1, "lcm": 1}
+    found.write(tmp_path)
+    assert [(one["id"], one["correct"]) for one in lines(tmp_path / "problems.jsonl")] == [
+        ("p0", {"model": 2, "baseline": 2}),
+        ("p2", {"model": 2, "baseline": 0}),
+    ]
+
+
+def test_a_prompt_fits_if_the_whole_answer_does() -> None:
+    tokenizer, cfg = tiny_tokenizer(), ProblemSettings(**SMALL)
+    length = len(find_problems([row(0)], tokenizer, math.inf, cfg)[0][0].prompt)
+    assert len(find_problems([row(0)], tokenizer, length + 6, cfg)[0]) == 1
+    with pytest.raises(StageError, match="1 leave no room for 6 new tokens"):
+        find_problems([row(0)], tokenizer, length + 5, cfg)
+
+
+def test_answers_of_transformers_end_at_a_stop_token_and_batches_differ(folders, monkeypatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["model"]).eval()
+    seeds = []
+
+    def generate(model, rows_, sampling, pad):
+        seeds.append(sampling.seed)
+        return [[5, sampling.stop[0], 0, 0], [5, 6, 7, 8]]
+
+    monkeypatch.setattr(answers_module, "generate_by_transformers", generate)
+    monkeypatch.setattr(answers_module, "unsupported", lambda model: "this test")
+    cfg = ProblemSettings(**SMALL)
+    asked = [(Problem(n, "p", None, None, "?", [1, 2], {}), 0) for n in range(2)]
+    write = answers_module._writer(model, tiny_tokenizer(), [asked[0][0]], cfg, 7)
+    (tokens, nll, ended), _ = write(0, asked), write(1, asked)
+    assert [len(one) for one in tokens] == [2, 4] and ended == [True, False] and all(value > 0 for value in nll)
+    assert len(set(seeds)) == 2
