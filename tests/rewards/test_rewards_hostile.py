@@ -23,7 +23,7 @@ SPEC.loader.exec_module(hostile_answers)
 def test_a_thousand_hostile_answers(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "secret")
     watch = hostile_answers.Watch(tmp_path)
-    hostile = hostile_answers.answers(1000, 0.02, tmp_path, watch.port)
+    hostile = hostile_answers.answers(1000, 0.03, tmp_path, watch.port)
     assert len({(answer.reward, answer.kind) for answer in hostile}) > 40
     scores, took = hostile_answers.score(hostile, 0.5, 2)
     assert not watch.broken()
