@@ -26,7 +26,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def warm() -> None:
-    """Do once what the first answers of a process would else pay for: the grammar's tables take a quarter of a second."""
+    """Do what the first answer of a process would else pay for: the grammar's tables take a quarter of a second."""
     score(r"\frac{1}{2}", "0.5", 6)
 
 

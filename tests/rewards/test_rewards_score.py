@@ -93,7 +93,7 @@ def test_totals() -> None:
         scores.total({"a": 1.0})
 
 
-def test_scores_that_raise_or_are_no_numbers_are_counted(monkeypatch) -> None:
+def test_a_score_that_is_no_number_is_an_error() -> None:
     class Bad:
         def score_answer(self, answer, entry):
             return float("nan")
