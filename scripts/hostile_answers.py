@@ -63,7 +63,7 @@ PROGRAMS: dict[str, Maker] = {
     "dot dot": _tried("open('../' * NUMBER + 'CANARY', 'r+').write('x')"),
     "connect": _tried("import socket\nsocket.create_connection(('127.0.0.1', PORT), 0.2)"),
     "connect out": _tried("import socket\nsocket.create_connection(('1.1.1.1', 53), 0.2)"),
-    "abstract socket": _tried("import socket\nsocket.socket(socket.AF_UNIX).connect('\\0posttrain-canary')"),
+    "abstract socket": _tried("import socket\nsocket.socket(socket.AF_UNIX).connect('\\0posttrain-canary-PORT')"),
     "kill parent": _tried("import os\nassert os.getppid()\nos.kill(os.getppid(), 9)"),
     "kill others": _tried("import os\n[os.kill(n, 9) for n in range(2, 500)]"),
     "environment": _tried("import os\nassert any('SECRET' in name or 'KEY' in name for name in os.environ)"),
@@ -108,7 +108,6 @@ FORMULAS: dict[str, Maker] = {
     "attribute": lambda source, folder, port: "().__class__.__bases__[0].__subclasses__()[1] / 2",
     "write18": lambda source, folder, port: rf"\immediate\write18{{touch {folder}/new}}",
     "lambda": lambda source, folder, port: f"(lambda: open('{folder}/new','w'))() + 1",
-    "roots": lambda source, folder, port: _nested(r"\sqrt{1+", "}", source.randrange(2, 9)),
     "megabyte": lambda source, folder, port: source.choice("1x+$\\") * (1 << 20),
     "digits": lambda source, folder, port: "9" * source.randrange(1000, 9000),
     "zero bytes": lambda source, folder, port: "4\0" * source.randrange(1, 50),
@@ -122,6 +121,7 @@ SLOW_FORMULAS: dict[str, Maker] = {
     "braces": lambda source, folder, port: "{" * source.randrange(10, 3000),
     "deep": lambda source, folder, port: _nested(r"\frac{1}{1+", "}", source.randrange(20, 40)),
     "brackets": lambda source, folder, port: "(" * source.randrange(10, 120) + "1" + ")" * 80,
+    "roots": lambda source, folder, port: _nested(r"\sqrt{1+", "}", source.randrange(5, 25)),
     "tower": lambda source, folder, port: "10^{10^{10^{10}}}",
     "python tower": lambda source, folder, port: "9**9**9**9**9",
     "factorials": lambda source, folder, port: "(((99!)!)!)!",
@@ -168,9 +168,9 @@ class Watch:
         self.folder = folder
         (folder / "canary").write_text(SAID)
         self.doors = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)]
-        self.doors[1].bind("\0posttrain-canary")
-        self.doors[1].listen()
         self.port = self.doors[0].getsockname()[1]
+        self.doors[1].bind(f"\0posttrain-canary-{self.port}")
+        self.doors[1].listen()
 
     def broken(self) -> list[str]:
         """What is no longer as it was; closes the doors."""

@@ -25,6 +25,11 @@ WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
+def warm() -> None:
+    """Do what the first answer of a process would else pay for: the grammar's tables take a quarter of a second."""
+    score(r"\frac{1}{2}", "0.5", 6)
+
+
 def score(answer: str, gold: str, decimals: int) -> tuple[float | None, str]:
     """1 if the answer equals `gold`, 0 if not, and what it counts as beside that ("": nothing).
 

@@ -65,7 +65,7 @@ class Pool:
 
     Args:
         workers: processes side by side.
-        modules: imported by each before its first job.
+        prepare: modules that each imports, or functions ("module:function") that it calls, before its first job.
         memory_mb: address space of each, MiB; None = no limit.
         environment: variables of the workers besides those that Python needs; None: `PASSED_ON`.
         where: names the pool in errors.
@@ -75,14 +75,14 @@ class Pool:
         self,
         workers: int = 2,
         *,
-        modules: Sequence[str] = (),
+        prepare: Sequence[str] = (),
         memory_mb: int | None = None,
         environment: Mapping[str, str] | None = None,
         where: str = "rewards",
     ) -> None:
         self.size = workers
         self.where = where
-        self._command = [str(memory_mb or 0), *modules]
+        self._command = [str(memory_mb or 0), *prepare]
         self._environment = environment
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()

@@ -39,13 +39,13 @@ FIND_SECONDS = 1.0
 CODE_GRACE = 5.0
 """The program's own deadline comes first: it costs no worker. This much later the worker is killed."""
 
-MODULES = {
+PREPARED = {
     GymReward: ("posttrain.rewards.gym", "reasoning_gym"),
-    MathReward: ("posttrain.rewards.math",),
+    MathReward: ("posttrain.rewards.math:warm",),
     CodeReward: ("posttrain.rewards.code",),
     RegexReward: ("posttrain.rewards.text",),
 }
-"""Type of reward to what its workers import before the first answer's time begins."""
+"""Type of reward to what its workers import or call before the first answer's time begins."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class RewardSet:
             if isinstance(reward, PluginReward):  # a missing one is told now, and the manifest names its package
                 plugin.load(reward.name, f"{where}.{name}")
         kinds = {type(reward) for reward in self.rewards.values()}
-        modules = [module for kind in MODULES if kind in kinds for module in MODULES[kind]]
+        prepare = [name for kind in PREPARED if kind in kinds for name in PREPARED[kind]]
         # An installed package's reward is trusted with the environment: it may need a key or a cache folder.
         environment = dict(os.environ) if PluginReward in kinds else None
-        self._pool = Pool(workers, modules=modules, memory_mb=memory_mb, environment=environment, where=where)
+        self._pool = Pool(workers, prepare=prepare, memory_mb=memory_mb, environment=environment, where=where)
 
     def warm(self) -> None:
         """Start the workers now, so that the first batch need not wait. Raises StageError when they do not start."""

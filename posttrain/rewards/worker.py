@@ -23,12 +23,13 @@ READY = b"ready"
 def main() -> None:
     """Serve the pool whose two file descriptors are in the arguments, until it hangs up.
 
-    `worker.py LINE LIFELINE MEMORY_MB MODULE…`: the modules are imported before the first item's time begins.
+    `worker.py LINE LIFELINE MEMORY_MB NAME…`: the names are of modules, or of functions to call ("module:function"),
+    before the first item's time begins.
     """
-    line, lifeline, memory_mb, *modules = sys.argv[1:]
+    line, lifeline, memory_mb, *names = sys.argv[1:]
     die_with_parent(int(lifeline))
-    for module in modules:
-        import_module(module)
+    for name in names:
+        function_of(name)() if ":" in name else import_module(name)
     limit_memory(int(memory_mb))
     with Connection(int(line)) as connection:
         connection.send_bytes(READY)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_rewards_code import available
+from test_rewards_code import namespaces_allowed
 
 SPEC = importlib.util.spec_from_file_location(
     "hostile_answers", Path(__file__).parents[2] / "scripts" / "hostile_answers.py"
@@ -18,7 +19,7 @@ sys.modules["hostile_answers"] = hostile_answers
 SPEC.loader.exec_module(hostile_answers)
 
 
-@pytest.mark.skipif(not available("namespaces"), reason="no user namespaces here")
+@pytest.mark.skipif(not namespaces_allowed(), reason="no user namespaces here")
 def test_a_thousand_hostile_answers(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "secret")
     watch = hostile_answers.Watch(tmp_path)
@@ -28,15 +29,15 @@ def test_a_thousand_hostile_answers(tmp_path, monkeypatch) -> None:
     assert not watch.broken()
     own = [scores.by_reward[answer.reward][index] for index, answer in enumerate(hostile)]
     assert own == [0.0] * 1000
-    assert scores.counts["timeouts"] >= 10 and scores.counts["gold_failures"] == 0
+    assert scores.counts["timeouts"] >= 8 and scores.counts["gold_failures"] == 0
     assert took < 200
 
 
 def test_what_gets_out_is_seen(tmp_path) -> None:
     """The same programs without a sandbox."""
     watch = hostile_answers.Watch(tmp_path)
-    for kind in ("write canary", "write beside", "connect", "read canary", "proc"):
-        text = hostile_answers.PROGRAMS[kind](__import__("random").Random(0), tmp_path, watch.port)
+    for kind in ("write canary", "write beside", "connect", "abstract socket", "read canary", "proc"):
+        text = hostile_answers.PROGRAMS[kind](random.Random(0), tmp_path, watch.port)
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
         assert done.stdout == "ESCAPED\n", (kind, done.stderr)
     assert set(watch.broken()) == {"new", "canary", "socket"}

@@ -34,6 +34,7 @@ SUM = {
     "index": 1,
 }
 PLUGIN = """
+import os
 import time
 
 def near(prompts, completions, rows):
@@ -42,6 +43,8 @@ def near(prompts, completions, rows):
         time.sleep(600)
     if completions[0] == "raise":
         raise KeyError("x")
+    if completions[0] == "key":
+        return [float(os.environ["OWN_KEY"])]
     if completions[0] == "short":
         return []
     return [None if completions[0] == "?" else float(prompts[0] + completions[0] == rows[0]["answer"])]
@@ -90,7 +93,7 @@ def test_totals() -> None:
         scores.total({"a": 1.0})
 
 
-def test_scores_that_raise_or_are_no_numbers_are_counted(monkeypatch) -> None:
+def test_a_score_that_is_no_number_is_an_error() -> None:
     class Bad:
         def score_answer(self, answer, entry):
             return float("nan")
@@ -136,11 +139,12 @@ def package(tmp_path, monkeypatch):
     forget()
 
 
-def test_a_reward_of_an_installed_package_is_called_one_by_one(package) -> None:
+def test_a_reward_of_an_installed_package_is_called_one_by_one(package, monkeypatch) -> None:
+    monkeypatch.setenv("OWN_KEY", "0.25")  # unlike an answer's scorer, a package may need it
     rewards = {"own": PluginReward(name="near", seconds=0.5)}
-    completions = ["2", "3", "?", "hang", "raise", "2"]
-    scores = scored(rewards, completions, [{"answer": "42"}] * 6)
-    assert scores.by_reward["own"] == [1.0, 0.0, None, 0.0, 0.0, 1.0]
+    completions = ["2", "3", "?", "hang", "raise", "2", "key"]
+    scores = scored(rewards, completions, [{"answer": "42"}] * 7)
+    assert scores.by_reward["own"] == [1.0, 0.0, None, 0.0, 0.0, 1.0, 0.25]
     assert counted(scores) == {"timeouts": 1, "errors": 1, "unscored": 1}
     assert plugins.in_use() == {"posttrain-own": "1.2"}
 

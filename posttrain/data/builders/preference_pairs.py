@@ -96,7 +96,7 @@ def _sampler(
 def _scores(pairs: PairSamples, stack: ExitStack) -> Callable[[list[TaskProblem], list[str]], Sequence[float | None]]:
     """What scores answers: the tasks themselves, or the named reward."""
     if pairs.reward is None:
-        pool = stack.enter_context(Pool(1, modules=["posttrain.rewards.gym", "reasoning_gym"], where="data.pairs"))
+        pool = stack.enter_context(Pool(1, prepare=["posttrain.rewards.gym", "reasoning_gym"], where="data.pairs"))
         return lambda problems, answers: _own_scores(pool, pairs.score_seconds, problems, answers)
     reward = plugin.load(pairs.reward, "data.pairs.reward")
     return lambda problems, answers: reward(
