@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 import trl
 from accelerate.utils import gather, set_seed
@@ -188,8 +189,9 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     # ----- roll-outs and rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        seed = self._seed_of(DRAWS) + (self.ctx.rank << 40)
-        set_seed(seed % 2**32)  # of ways to generate that draw from global random numbers
+        # Of ways to generate that draw from global random numbers: other ones on every rank.
+        (seed,) = numpy.random.SeedSequence(self._seed_of(DRAWS), spawn_key=(self.ctx.rank,)).generate_state(1)
+        set_seed(int(seed))
         with self.clock("batches"):
             out = super()._generate_and_score_completions(inputs)
         advantages = self.advantages_of(self.rewards)
@@ -335,13 +337,16 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         return loss * self._token_share(inputs) / self.ctx.world_size
 
     def _token_share(self, inputs: dict[str, Any]) -> Tensor | float:
-        """For a loss that is a mean over a micro-batch's tokens: what makes it the step's, whatever the micro-batch."""
+        """For a loss that is a mean over a micro-batch's tokens: what makes it the mean over those of the step, however
+        they are shared among micro-batches and ranks."""
         if self.loss_type != "bnpo":
             return 1.0
-        accumulation = self.args.gradient_accumulation_steps
+        accumulation, ranks = self.args.gradient_accumulation_steps, self.ctx.world_size
         place = self._step % self.args.steps_per_generation // accumulation * accumulation
         step = self._buffered_inputs[place : place + accumulation]
-        return inputs["completion_mask"].sum() * accumulation / sum(part["completion_mask"].sum() for part in step)
+        tokens = torch.stack([part["completion_mask"].sum() for part in step]).sum()
+        tokens = self.accelerator.reduce(tokens) if ranks > 1 else tokens
+        return inputs["completion_mask"].sum() * accumulation * ranks / tokens.clamp(min=1)
 
     def _record_gap(self, inputs: dict[str, Any]) -> None:
         """Distance between the log-probabilities of sampler and trainer, on a batch's first use of its policy."""
