@@ -78,12 +78,12 @@ def make_policy(**changes: Any) -> Any:
 
 
 def make_prompts(count: int = QUESTIONS) -> Prompts:
-    """Questions of different length and of three kinds."""
+    """Questions of different length and of seven kinds."""
     tokenizer = tiny_tokenizer()
     rows = [
         {
             PROMPT: f"q{number} " + "x" * (number % 5),
-            ROW: json.dumps({"id": str(number), "task": {"name": f"kind{number % 3}", "difficulty": 0}}),
+            ROW: json.dumps({"id": str(number), "task": {"name": f"kind{number % 7}", "difficulty": 0}}),
         }
         for number in range(count)
     ]

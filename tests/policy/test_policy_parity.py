@@ -71,7 +71,7 @@ def stock(ours: Any, folder: Path, model: Any, **changes: Any) -> Any:
 
     def compute_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = compute(*args, **kwargs)
-        trainer.losses.append(float(loss))
+        trainer.losses.append(float(loss.detach()))
         return loss
 
     trainer._generate_single_turn = lambda *args, **kwargs: next(written)
