@@ -308,7 +308,7 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         As TRL's, by TRL's head, but on rows without padding between prompt and completion, and under the training
         step's autocast wherever it is called: a ratio of two roundings is noise.
         """
-        if unknown := [name for name, value in others.items() if value not in (None, False)]:
+        if unknown := [name for name, value in others.items() if value is not None and value is not False]:
             fail(f"the policy's log-probabilities are not made for {', '.join(unknown)}", where="posttrain.policy")
         found = [
             self._scored(model, input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
