@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "riskpo": ("riskpo", {"risk": {"bundle_size": 2, "bundles": "stratified"}, "kept_completions": 5}),
     "bnpo": ("grpo", {"loss_type": "bnpo"}),
     "dapo": ("grpo", {"loss_type": "dapo", "scale_rewards": "batch"}),
+    "tokens": ("tokens", {"loss_type": "dapo"}),
 }
 SETTINGS: dict[str, Any] = {"adam_epsilon": 1e-3, "rollout_rows": 8, "micro_batch_size": 2}
 HERE = Path(__file__).parent
@@ -34,12 +35,28 @@ class RecordedRiskpo(Recorder, RiskpoTrainer):
     pass
 
 
+class OfTokens(RecordedGrpo):
+    """Advantages for every token: the longest completion is on one rank only."""
+
+    def advantages_of(self, rewards: torch.Tensor) -> torch.Tensor:
+        return (rewards - 0.5) / torch.arange(1, 1 + int(self.lengths.max()))
+
+
+CLASSES = {"riskpo": RecordedRiskpo, "grpo": RecordedGrpo, "tokens": OfTokens}
+
+
 class Liar(RiskpoTrainer):
     """A rank that saw other rewards: its tracker is another."""
 
     def _compare_ranks(self) -> None:
         self.tracker.update(torch.tensor([float(self.ctx.rank)]))
         super()._compare_ranks()
+
+
+def of_rows(batch: dict[str, Any]) -> torch.Tensor:
+    """A number a completion, whatever its padding."""
+    values = batch["advantages"]
+    return values if values.dim() == 1 else (values * batch["completion_mask"]).sum(1)
 
 
 def run(case: str, folder: Path, rank: int = 0, world_size: int = 1, **changes: Any) -> dict[str, Any]:
@@ -50,12 +67,12 @@ def run(case: str, folder: Path, rank: int = 0, world_size: int = 1, **changes: 
         from posttrain.launch.agreement import agree
 
         context = {"rank": rank, "world_size": world_size, "agree": agree}
-    cls = RecordedRiskpo if kind == "riskpo" else RecordedGrpo
-    trainer = make_trainer(kind, folder, ctx=context, cls=cls, **{**SETTINGS, **settings, **changes})
+    base = "riskpo" if kind == "riskpo" else "grpo"
+    trainer = make_trainer(base, folder, ctx=context, cls=CLASSES[kind], **{**SETTINGS, **settings, **changes})
     history = trainer.fit()
     return {
         "history": history,
-        "advantages": [batch["advantages"].tolist() for batch in trainer.batches],
+        "advantages": [of_rows(batch).tolist() for batch in trainer.batches],
         "ids": [[ids for ids in written[0]] for written in trainer.written],
         "tracker": trainer.tracker.state_dict() if kind == "riskpo" else None,
         "weights": sum(float(value.double().abs().sum()) for value in weights(trainer).values()),
