@@ -37,7 +37,7 @@ def test_plan_needs_no_torch() -> None:
     code = (
         "import sys, posttrain.methods.grpo as g, posttrain.methods.riskpo.stage as r;"
         "import posttrain.methods.riskpo.config as c;"
-        "g.GrpoConfig(), c.RiskpoConfig(generation_batch_size=480); g.Grpo().external(g.GrpoConfig()), r.Riskpo();"
+        "g.GrpoConfig(), c.RiskpoConfig(); g.Grpo().external(g.GrpoConfig()), r.Riskpo();"
         "assert not {'torch', 'transformers', 'trl', 'peft', 'datasets', 'reasoning_gym', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
