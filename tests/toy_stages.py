@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from posttrain.config.recipe import ResolvedRecipe
 from posttrain.config.schema import Frame
 from posttrain.errors import RecipeError, StageError
 from posttrain.pipeline.stage import NOT_IN_KEY, ArtifactMeta, Estimate, InputSpec, Stage, StageConfig
+from posttrain.training.watchdog import Watchdog
 
 TOYS = {
     "toy_source": "toy_stages:ToySource",
@@ -104,6 +106,10 @@ class ToyTrain(Stage):
             raise StageError("the loss is no number", "step 3", "lower lr")
         if ctx.config.fail == "unknown":
             raise ZeroDivisionError("a bug")
+        if ctx.config.fail == "hang":
+            with Watchdog(ctx, 0.5) as watchdog:
+                watchdog.beat("step 6")
+                threading.Event().wait()
         if ctx.config.fail == "exit":
             import os
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 import trl
 from accelerate.utils import gather, set_seed
@@ -86,6 +87,7 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
 
     Attributes:
         rewards: `[completions of all ranks, rewards]` of the batch in use, NaN where one could not be scored.
+        lengths: `[completions of all ranks]`, their tokens.
     """
 
     config: PolicyConfig
@@ -105,7 +107,7 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         self.deciding = [at for at, reward in enumerate(config.rewards.values()) if reward.correctness]
         self.rails = Rails(ctx, config, self.deciding)
         self.completion_log = CompletionLog(ctx.work_dir, config.kept_completions if ctx.rank == 0 else 0)
-        self.rewards = torch.empty(0)
+        self.rewards, self.lengths = torch.empty(0), torch.empty(0)
         self.clock = Clock()
         self.width_multiple = padding_multiple(ctx, config)
         self._logprobs: Tensor | None = None
@@ -188,17 +190,13 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     # ----- roll-outs and rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        seed = self._seed_of(DRAWS) + (self.ctx.rank << 40)
-        set_seed(seed % 2**32)  # of ways to generate that draw from global random numbers
+        # Of ways to generate that draw from global random numbers: other ones on every rank.
+        (seed,) = numpy.random.SeedSequence(self._seed_of(DRAWS), spawn_key=(self.ctx.rank,)).generate_state(1)
+        set_seed(int(seed))
         with self.clock("batches"):
             out = super()._generate_and_score_completions(inputs)
-        advantages = self.advantages_of(self.rewards)
-        if advantages is not None:
-            mine = len(out["prompt_ids"])
-            out["advantages"] = advantages[self.ctx.rank * mine : (self.ctx.rank + 1) * mine].to(out["advantages"])
-            for _ in range(len(advantages)):
-                self._logs["advantages"].pop()
-            self._logs["advantages"].extend(advantages.tolist())
+        if (advantages := self.advantages_of(self.rewards)) is not None:
+            self._take(advantages, out)
         self._metrics["train"]["advantages/mean"].append(sum(self._logs["advantages"]) / len(self._logs["advantages"]))
         self.completion_log.add(self.state.global_step, self._logs)
         # TRL shuffles next, from global random numbers.
@@ -206,12 +204,28 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         return out
 
     def advantages_of(self, rewards: Tensor) -> Tensor | None:
-        """Advantages `[N]` of all ranks' completions in order, the same on every rank; None: TRL's.
+        """Advantages of all ranks' completions in order, the same on every rank; None: TRL's.
+
+        `[N]`, or for every token `[N, T]` with T the largest of `self.lengths`; behind a completion's end they are not
+        looked at.
 
         Args:
             rewards: `[N, rewards]`, NaN where a completion could not be scored; N is questions times num_generations.
         """
         return None
+
+    def _take(self, advantages: Tensor, out: dict[str, Any]) -> None:
+        """Put advantages in the place of TRL's, in this rank's batch and in the log: there a completion's mean."""
+        mine = len(out["prompt_ids"])
+        own = advantages[self.ctx.rank * mine : (self.ctx.rank + 1) * mine].to(out["advantages"])
+        if own.dim() == 2:
+            own = own[:, : out["completion_ids"].shape[1]]
+            there = torch.arange(advantages.shape[1], device=self.lengths.device) < self.lengths[:, None]
+            advantages = (advantages * there.to(advantages)).sum(1) / self.lengths.to(advantages)
+        out["advantages"] = own
+        for _ in range(len(advantages)):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(advantages.tolist())
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Tokenised already, as an evaluation of the same data does it."""
@@ -266,13 +280,9 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     ) -> Tensor:
         """Scores of all ranks' completions `[N, rewards]`; NaN where there is none."""
         self.watchdog.beat(f"scoring for step {self.state.global_step + 1}")
+        lengths = [len(ids) for ids in completion_ids_list]
         with self.clock("scoring"):
-            scores = self.reward_set.score(
-                prompts,
-                completions,
-                [json.loads(row[ROW]) for row in inputs],
-                [len(ids) for ids in completion_ids_list],
-            )
+            scores = self.reward_set.score(prompts, completions, [json.loads(row[ROW]) for row in inputs], lengths)
         columns = [
             [float("nan") if score is None else score for score in scores.by_reward[name]] for name in self.names
         ]
@@ -280,7 +290,7 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         if self.deciding:
             # Left with how it is written, an answer that nothing judges would be learnt for its form.
             local[torch.isnan(local[:, self.deciding]).all(1)] = torch.nan
-        self.rewards = gather(local) if self.ctx.world_size > 1 else local
+        self.rewards, self.lengths = self._of_all(local), self._of_all(torch.tensor(lengths, device=self.args.device))
         counted = torch.tensor([scores.counts[name] for name in sorted(scores.counts)], device=self.args.device)
         total = self.accelerator.reduce(counted) if self.ctx.world_size > 1 else counted
         counts = dict(zip(sorted(scores.counts), total.tolist(), strict=True))
@@ -288,6 +298,10 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         for name, value in self.rails.rewards(groups, counts).items():
             self._metrics["train"][name].append(value)
         return self.rewards
+
+    def _of_all(self, values: Tensor) -> Tensor:
+        """Rows of all ranks, in order."""
+        return gather(values) if self.ctx.world_size > 1 else values
 
     # ----- loss
 
@@ -306,7 +320,7 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         As TRL's, by TRL's head, but on rows without padding between prompt and completion, and under the training
         step's autocast wherever it is called: a ratio of two roundings is noise.
         """
-        if unknown := [name for name, value in others.items() if value not in (None, False)]:
+        if unknown := [name for name, value in others.items() if value is not None and value is not False]:
             fail(f"the policy's log-probabilities are not made for {', '.join(unknown)}", where="posttrain.policy")
         found = [
             self._scored(model, input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
@@ -335,13 +349,16 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         return loss * self._token_share(inputs) / self.ctx.world_size
 
     def _token_share(self, inputs: dict[str, Any]) -> Tensor | float:
-        """For a loss that is a mean over a micro-batch's tokens: what makes it the step's, whatever the micro-batch."""
+        """For a loss that is a mean over a micro-batch's tokens: what makes it the mean over those of the step, however
+        they are shared among micro-batches and ranks."""
         if self.loss_type != "bnpo":
             return 1.0
-        accumulation = self.args.gradient_accumulation_steps
+        accumulation, ranks = self.args.gradient_accumulation_steps, self.ctx.world_size
         place = self._step % self.args.steps_per_generation // accumulation * accumulation
         step = self._buffered_inputs[place : place + accumulation]
-        return inputs["completion_mask"].sum() * accumulation / sum(part["completion_mask"].sum() for part in step)
+        tokens = torch.stack([part["completion_mask"].sum() for part in step]).sum()
+        tokens = self.accelerator.reduce(tokens) if ranks > 1 else tokens
+        return inputs["completion_mask"].sum() * accumulation * ranks / tokens.clamp(min=1)
 
     def _record_gap(self, inputs: dict[str, Any]) -> None:
         """Distance between the log-probabilities of sampler and trainer, on a batch's first use of its policy."""

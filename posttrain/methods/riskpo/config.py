@@ -18,6 +18,12 @@ class RiskpoConfig(PolicyConfig):
 
     type: Literal["riskpo"] = "riskpo"
 
+    generation_batch_size: int = Field(
+        480,
+        ge=2,
+        description="Completions of one roll-out batch, over all ranks: questions times num_generations, and the "
+        "questions a multiple of risk.bundle_size.",
+    )
     preset: Preset = Field(
         "rb",
         description="Settings of `risk` and of the loss that belong together; given ones win. rb: ours, the paper's "
