@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy_world import Recorder, column, distance, make_policy, make_prompts, make_trainer, weights
+from policy_world import Recorder, by_chance, column, distance, make_policy, make_prompts, make_trainer, weights
 
 from posttrain.policy.trainer import PolicyTrainer
 
@@ -99,3 +99,17 @@ def test_a_step_whose_completions_were_all_cut_off_changes_nothing(loss: str, tm
     (row,) = trainer.fit()
     assert (row["completions/clipped_ratio"], row["loss"], row["grad_norm"]) == (1.0, 0.0, 0.0)
     assert distance(before, weights(trainer)) == 0
+
+
+def test_who_shares_an_update_does_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
+    """A reward that draws random numbers, as a way to generate may."""
+
+    def drawing(*asked: Any) -> dict[str, float | None]:
+        torch.rand(7)
+        return by_chance(*asked)
+
+    settings = {"updates_per_generation": 2, "max_steps": 2}
+    (one, history), (other, its) = (
+        trained(tmp_path / score.__name__, score=score, **settings) for score in (by_chance, drawing)
+    )
+    assert history == its and distance(weights(one), weights(other)) == 0
