@@ -107,6 +107,22 @@ def test_transformers_writes_the_same_after_a_resume(settings: dict[str, Any], t
     assert len({tuple(one) for batch in ids(whole) for one in batch}) > 40
 
 
+class Drawing(RecordedGrpo):
+    """Draws random numbers while it learns, as dropout does."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        torch.rand(5)
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_what_is_written_does_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
+    settings = {"rollout": "transformers", "max_steps": 3}
+    plain, _ = trained(tmp_path / "plain", **settings)
+    drawing = make_trainer("grpo", tmp_path / "drawing", cls=Drawing, **settings)
+    drawing.fit()
+    assert ids(drawing) == ids(plain)
+
+
 def test_no_two_batches_are_written_with_the_same_draws(tmp_path: Path) -> None:
     """A rate of nothing: the policy stays as it is, and four questions are all there are."""
     trainer, _ = trained(tmp_path, lr=1e-30, questions=4, max_steps=3)
