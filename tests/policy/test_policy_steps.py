@@ -80,12 +80,14 @@ def test_the_loss_is_taken_at_the_samplers_temperature(temperature: float, tmp_p
     assert history[0]["rollout/logprob_gap_max"] < 1e-4
 
 
-def test_questions_come_in_the_order_of_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"num_iterations": 2, "updates_per_generation": 2, "max_steps": 12}])
+def test_questions_come_in_the_order_of_the_run(more: dict[str, Any], tmp_path: Path) -> None:
     """Twelve questions are three batches of four; each question is asked `num_generations` times in a row."""
-    trainer, _ = trained(tmp_path, max_steps=3)
+    trainer, _ = trained(tmp_path, **more)
     asked = [[row["prompt"] for row in batch["inputs"]] for batch in trainer.batches]
     groups = [batch[start : start + 4] for batch in asked for start in range(0, 16, 4)]
     assert all(len(set(group)) == 1 for group in groups)
+    assert [group[0] for group in groups] == list(trainer.train_dataset["prompt"])
     assert {group[0] for group in groups} == set(make_prompts().ids) and len(groups) == 12
 
 
