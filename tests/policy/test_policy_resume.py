@@ -139,14 +139,37 @@ def test_completions_in_use_are_never_left_in_the_middle(tmp_path: Path, whole: 
     """A stop and a checkpoint that come due inside a cycle of four steps wait for its end."""
     settings = {**STRATIFIED, **CYCLE}
     first = make_trainer("riskpo", tmp_path, save_every=3, **settings)
-    saved: list[int] = []
-    save = first._save_checkpoint
-    first._save_checkpoint = lambda *args: (saved.append(first.state.global_step), save(*args))
+    saved = saves(first)
     first.ctx.emit = lambda event, fields: stop(first) if fields.get("step") == 5 else None
     with pytest.raises(StopRequested) as stopped:
         first.fit()
     assert (stopped.value.step, saved) == (8, [4, 8])
     assert_same(*resumed(tmp_path, save_every=3, **settings), *whole(**settings))
+
+
+def saves(trainer: Any) -> list[int]:
+    """Steps after which the trainer will have saved, filled while it trains."""
+    found: list[int] = []
+    save = trainer._save_checkpoint
+    trainer._save_checkpoint = lambda *args: (found.append(trainer.state.global_step), save(*args))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"save_every": 2, "max_steps": 5}, [2, 4]),
+        ({"save_every": 3, "num_iterations": 2, "max_steps": 12}, [4, 6, 10]),  # due at 3, 6 and 9; 12 is the end
+        ({"save_every": 0, "max_steps": 2}, []),
+    ],
+)
+def test_checkpoints_are_written_when_due_and_not_oftener(
+    settings: dict[str, Any], wanted: list[int], tmp_path: Path
+) -> None:
+    trainer = make_trainer("riskpo", tmp_path, **settings)
+    found = saves(trainer)
+    trainer.fit()
+    assert found == wanted
 
 
 def test_a_kill_inside_a_cycle(tmp_path: Path, whole: Any) -> None:

@@ -107,6 +107,7 @@ def test_the_risk_is_taken_of_the_named_reward(tmp_path: Path) -> None:
     assert (trainer.columns, trainer.shaping) == ([1], [0])
     atoms = trainer.tracker.atoms * 16  # 0.5 of a length in eighths
     assert torch.allclose(atoms, atoms.round(), atol=1e-6) and atoms.max() < 0
+    assert (atoms.round() % 2 != 0).any()  # without its weight they would all be even
 
 
 def test_weighted_and_centred() -> None:

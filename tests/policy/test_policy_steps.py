@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy_world import Recorder, column, distance, make_policy, make_prompts, make_trainer, weights
+from policy_world import Recorder, by_chance, column, distance, make_policy, make_prompts, make_trainer, weights
 
 from posttrain.policy.trainer import PolicyTrainer
 
@@ -80,12 +80,14 @@ def test_the_loss_is_taken_at_the_samplers_temperature(temperature: float, tmp_p
     assert history[0]["rollout/logprob_gap_max"] < 1e-4
 
 
-def test_questions_come_in_the_order_of_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"num_iterations": 2, "updates_per_generation": 2, "max_steps": 12}])
+def test_questions_come_in_the_order_of_the_run(more: dict[str, Any], tmp_path: Path) -> None:
     """Twelve questions are three batches of four; each question is asked `num_generations` times in a row."""
-    trainer, _ = trained(tmp_path, max_steps=3)
+    trainer, _ = trained(tmp_path, **more)
     asked = [[row["prompt"] for row in batch["inputs"]] for batch in trainer.batches]
     groups = [batch[start : start + 4] for batch in asked for start in range(0, 16, 4)]
     assert all(len(set(group)) == 1 for group in groups)
+    assert [group[0] for group in groups] == list(trainer.train_dataset["prompt"])
     assert {group[0] for group in groups} == set(make_prompts().ids) and len(groups) == 12
 
 
@@ -99,3 +101,17 @@ def test_a_step_whose_completions_were_all_cut_off_changes_nothing(loss: str, tm
     (row,) = trainer.fit()
     assert (row["completions/clipped_ratio"], row["loss"], row["grad_norm"]) == (1.0, 0.0, 0.0)
     assert distance(before, weights(trainer)) == 0
+
+
+def test_who_shares_an_update_does_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
+    """A reward that draws random numbers, as a way to generate may."""
+
+    def drawing(*asked: Any) -> dict[str, float | None]:
+        torch.rand(7)
+        return by_chance(*asked)
+
+    settings = {"updates_per_generation": 2, "max_steps": 2}
+    (one, history), (other, its) = (
+        trained(tmp_path / score.__name__, score=score, **settings) for score in (by_chance, drawing)
+    )
+    assert history == its and distance(weights(one), weights(other)) == 0
