@@ -203,10 +203,12 @@ def make_context(job: Job, work_dir: Path, device: str, **ranks: Any) -> StageCo
 
 def give_up(work_dir: Path, error: Exception) -> NoReturn:
     """End this worker at once as failed, whatever its other threads wait for."""
-    free_reserve(work_dir)
-    outcome = write_outcome(work_dir, "failed", **describe_failure(error, work_dir))
-    print(f"posttrain: failed {outcome['message']}", flush=True)
-    os._exit(EXIT_FAILED)
+    try:
+        free_reserve(work_dir)
+        outcome = write_outcome(work_dir, "failed", **describe_failure(error, work_dir))
+        print(f"posttrain: failed {outcome['message']}", flush=True)
+    finally:
+        os._exit(EXIT_FAILED)
 
 
 def _profile(job: Job) -> tuple[Path, int] | None:

@@ -71,14 +71,16 @@ def main(work_dir: Path) -> int:
 
 def _fail(work_dir: Path, rank: int, error: Exception) -> NoReturn:
     """Leave the reason and end this rank at once."""
-    free_reserve(work_dir)
-    (work_dir / RANKS).mkdir(exist_ok=True)
-    failure = {"rank": rank, "time": time.time(), **describe_failure(error, work_dir)}
-    write_json(work_dir / RANKS / f"failure_{rank}.json", failure)
-    # No goodbye to the others: they may be waiting for this rank in an operation that cannot end.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_FAILED)
+    try:
+        free_reserve(work_dir)
+        (work_dir / RANKS).mkdir(exist_ok=True)
+        failure = {"rank": rank, "time": time.time(), **describe_failure(error, work_dir)}
+        write_json(work_dir / RANKS / f"failure_{rank}.json", failure)
+        # No goodbye to the others: they may be waiting for this rank in an operation that cannot end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(EXIT_FAILED)
 
 
 def _die_with_parent() -> None:

@@ -89,9 +89,9 @@ class PolicyConfig(TrainingConfig):
 
     loss_type: LossType = Field(
         "grpo",
-        description="TRL's loss. grpo: mean over each completion's tokens, then over completions; bnpo, dapo: mean "
-        "over all tokens of the step; dr_grpo: sum over tokens by max_completion_length; cispo, sapo, luspo, vespo: "
-        "see TRL.",
+        description="TRL's loss. grpo: mean over each completion's tokens, then over completions; bnpo: mean over all "
+        "tokens of the step; dapo: over those of the roll-out batch, by its updates; dr_grpo: sum over tokens by "
+        "max_completion_length; cispo, sapo, luspo, vespo: see TRL.",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token",
@@ -99,7 +99,11 @@ class PolicyConfig(TrainingConfig):
         "completion (GSPO).",
     )
     epsilon: float = Field(0.2, gt=0, description="Ratios are clipped to 1 - epsilon from below.")
-    epsilon_high: float | None = Field(None, gt=0, description="And to 1 + epsilon_high from above; null = epsilon.")
+    epsilon_high: float | None = Field(
+        None,
+        gt=0,
+        description="And to 1 + epsilon_high from above; null = epsilon. With cispo it is the bound itself.",
+    )
     delta: float | None = Field(
         None, gt=1, description="Upper bound of a ratio with a negative advantage; null = none."
     )
@@ -161,9 +165,15 @@ class PolicyConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _a_bound_above_one(self) -> Self:
+        if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
+            raise ValueError("loss_type=cispo bounds the ratio itself by epsilon_high, which is then 1 or more, e.g. 5")
+        return self
+
+    @model_validator(mode="after")
     def _trl_fields(self) -> Self:
         for name in self.trl:
-            if problem := problem_of(name):
+            if problem := problem_of(name, self.rollout):
                 what, fix = problem
                 raise ValueError(f"{what}{': ' + fix if fix else ''}")
         return self

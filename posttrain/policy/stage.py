@@ -131,13 +131,15 @@ def mean_prompt_tokens(cfg: PolicyConfig, data: ArtifactMeta) -> int:
 
 
 def rollout_bytes(cfg: PolicyConfig, arch: Mapping[str, Any]) -> dict[str, int]:
-    """The engine's own weights and caches, in bf16 on a GPU."""
-    if cfg.rollout not in ("auto", "engine") or cfg.lora:
+    """The engine's own weights and caches, in bf16 on a GPU; of transformers' generate its caches in fp32."""
+    if cfg.rollout not in ("auto", "engine", "transformers"):
         return {}
-    size = 4 if cfg.rollout_dtype == "float32" or not plans_for_gpu() else 2
+    engine = cfg.rollout != "transformers" and cfg.lora is None
+    size = 2 if engine and cfg.rollout_dtype != "float32" and plans_for_gpu() else 4
     rows = min(cfg.rollout_rows, cfg.generation_batch_size)
     length = cfg.max_prompt_length + cfg.max_completion_length
-    return {"rollout": size * parameter_count(arch) + rows * length * cache_bytes_per_token(arch, size)}
+    cache = rows * length * cache_bytes_per_token(arch, size)
+    return {"rollout": cache + (size * parameter_count(arch) if engine else 0)}
 
 
 def data_problems(cfg: PolicyConfig, data: ArtifactMeta) -> list[Problem]:

@@ -84,11 +84,14 @@ def _record(
     )
     ctx.record_timing(
         seconds=seconds,
-        completions_per_second=trainer.watch.steps * cfg.sequences_per_step / max(trainer.watch.seconds, 1e-9),
+        completions_per_second=trainer.watch.steps
+        * cfg.sequences_per_step
+        / cfg.num_iterations
+        / max(trainer.watch.seconds, 1e-9),
         peak_memory_bytes=peak_memory(ctx.device),
         micro_batch=cfg.micro_batch(ctx.world_size),
         compiled=trainer.compiles,
-        rollout="engine" if trainer.rollout is not None else cfg.rollout,
+        rollout="engine" if trainer.rollout is not None else cfg.rollout.replace("auto", "transformers"),
         parts=_parts(trainer),
     )
 

@@ -6,34 +6,38 @@ import contextlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
 import torch
 import trl
 from accelerate.utils import gather, set_seed
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import RepeatSampler
 
 from posttrain.errors import fail
-from posttrain.generation import Sampling, unsupported
+from posttrain.generation import Sampling
 from posttrain.generation.tokens import stop_tokens
 from posttrain.pipeline.context import StageContext
 from posttrain.policy.alignment import align, back
+from posttrain.policy.arguments import NamedReward, trl_arguments, uses_engine
 from posttrain.policy.completions import CompletionLog
 from posttrain.policy.config import PolicyConfig
-from posttrain.policy.data import ROW, Prompts
+from posttrain.policy.data import PROMPT, ROW, Prompts
 from posttrain.policy.rails import Rails
 from posttrain.policy.rollout import EngineRollout
+from posttrain.policy.step_means import StepMeans
 from posttrain.rewards.score import RewardSet
-from posttrain.training import checkpoints
+from posttrain.training import checkpoints, speed
 from posttrain.training.adapters import peft_config
 from posttrain.training.logprob import TokenLogprobs, token_logprobs
+from posttrain.training.order import run_order
 from posttrain.training.selection import select_trainable
-from posttrain.training.trl_seam import TrlStageTrainer, ordered_rows, padding_multiple, require_trl
+from posttrain.training.trl_seam import TrlStageTrainer, padding_multiple, require_trl
 
 GRPO_RELIED_ON = {
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
@@ -73,6 +77,9 @@ GRPO_RELIED_ON = {
 }
 """Methods of TRL's `GRPOTrainer` that are replaced or called here, with their parameters."""
 
+QUESTION = "question"
+"""The loader's only column: the number of a question among `Prompts.rows`."""
+
 DRAWS, SHUFFLE = 0, 1
 """What the random numbers of a roll-out batch are for."""
 
@@ -110,24 +117,28 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         self.rewards, self.lengths = torch.empty(0), torch.empty(0)
         self.clock = Clock()
         self.width_multiple = padding_multiple(ctx, config)
-        self._logprobs: Tensor | None = None
-        policy = model
+        self.means = StepMeans()
+        self._scores = TokenLogprobs(torch.empty(0), torch.empty(0))
+        policy, total = model, config.rollouts * config.questions_per_batch
         super().__init__(
             ctx,
             config,
             model,
-            ordered_rows(prompts.rows, config.rollouts * config.questions_per_batch, ctx.seed),
+            # Numbers only: the loader reads a whole batch of rows at every micro-batch.
+            Dataset.from_dict({QUESTION: run_order(len(prompts.rows), total, ctx.seed)}),
             None,
             tokens_per_step=config.sequences_per_step * (prompts.longest + config.max_completion_length),
             processing_class=tokenizer,
             arguments_class=trl.GRPOConfig,
             arguments=trl_arguments(ctx, config),
-            reward_funcs=[_Named(name) for name in self.names],
+            reward_funcs=[NamedReward(name) for name in self.names],
             **({"peft_config": peft_config(config.lora)} if config.lora else {}),
         )
         if tokenizer.pad_token_id is None:
             # TRL pads with it at every batch; what is saved comes from the source's files.
             tokenizer.pad_token_id = tokenizer.eos_token_id
+        if self.ref_model is not None:
+            self.frozen = (self.ref_model,)
         self.rollout = self._rollout(policy, prompts.longest)
 
     def _rollout(self, policy: PreTrainedModel, longest_prompt: int) -> EngineRollout | None:
@@ -193,8 +204,11 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         # Of ways to generate that draw from global random numbers: other ones on every rank.
         (seed,) = numpy.random.SeedSequence(self._seed_of(DRAWS), spawn_key=(self.ctx.rank,)).generate_state(1)
         set_seed(int(seed))
+        rows = self.prompts.rows[[row[QUESTION] for row in inputs]]
         with self.clock("batches"):
-            out = super()._generate_and_score_completions(inputs)
+            out = super()._generate_and_score_completions(
+                [{PROMPT: prompt, ROW: row} for prompt, row in zip(rows[PROMPT], rows[ROW], strict=True)]
+            )
         if (advantages := self.advantages_of(self.rewards)) is not None:
             self._take(advantages, out)
         self._metrics["train"]["advantages/mean"].append(sum(self._logs["advantages"]) / len(self._logs["advantages"]))
@@ -234,10 +248,16 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before:
+        if self._buffered_inputs is before or not self._sorts:
             return inputs
         self._sort_buffered()
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    @property
+    def _sorts(self) -> bool:
+        """TRL's entropy bonus and quantile are of a micro-batch: of short completions alone they would be others."""
+        args = self.args
+        return not (args.entropy_coef or args.use_adaptive_entropy or args.top_entropy_quantile < 1)
 
     def _sort_buffered(self) -> None:
         """Completions of like length into one forward pass: an update is a sum over them in any order."""
@@ -264,12 +284,27 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         self._stop_if_asked()
         with self.clock("rollout"):
             if self.rollout is None:
-                return super()._generate_single_turn(
-                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-                )
+                return self._generate_by_trl(prompt_ids, num_generations)
             first_row = self.ctx.rank * len(prompt_ids)
             written = self.rollout(prompt_ids, first_row, self._seed_of(DRAWS), self._stop_if_asked)
             return written.tokens, written.logprobs
+
+    def _generate_by_trl(
+        self, prompt_ids: list[list[int]], num_generations: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """TRL's generation, on plain layers: compiled ones would be compiled anew for every length of the cache."""
+        size = len(prompt_ids) if self.use_vllm else self.config.rollout_rows
+        tokens: list[list[int]] = []
+        logprobs: list[list[float]] | None = None
+        with speed.plain_layers(self.model):
+            for start in range(0, len(prompt_ids), size):
+                self._stop_if_asked()
+                part = prompt_ids[start : start + size]
+                found, scores = super()._generate_single_turn(part, None, {}, num_generations)
+                tokens += found
+                if scores is not None:
+                    logprobs = [*(logprobs or []), *scores]
+        return tokens, logprobs
 
     def _calculate_rewards(
         self,
@@ -279,10 +314,12 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         completion_ids_list: list[list[int]],
     ) -> Tensor:
         """Scores of all ranks' completions `[N, rewards]`; NaN where there is none."""
-        self.watchdog.beat(f"scoring for step {self.state.global_step + 1}")
-        lengths = [len(ids) for ids in completion_ids_list]
+        doing = f"scoring for step {self.state.global_step + 1}"
+        lengths, rows = [len(ids) for ids in completion_ids_list], [json.loads(row[ROW]) for row in inputs]
         with self.clock("scoring"):
-            scores = self.reward_set.score(prompts, completions, [json.loads(row[ROW]) for row in inputs], lengths)
+            scores = self.reward_set.score(
+                prompts, completions, rows, lengths, at_score=lambda: self.watchdog.beat(doing)
+            )
         columns = [
             [float("nan") if score is None else score for score in scores.by_reward[name]] for name in self.names
         ]
@@ -327,9 +364,9 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
             for size in [batch_size or len(input_ids)]
             for start in range(0, len(input_ids), size)
         ]
-        logprobs = torch.cat([part.logprobs for part in found])
-        self._logprobs = logprobs.detach()
-        return logprobs, torch.cat([part.entropy for part in found]) if compute_entropy else None, None
+        logprobs, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self._scores = TokenLogprobs(logprobs.detach(), entropies.detach())
+        return logprobs, entropies if compute_entropy else None, None
 
     def _scored(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion: int) -> TokenLogprobs:
         rows = align(input_ids, attention_mask, completion, self.width_multiple)
@@ -345,7 +382,13 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     ) -> Tensor:
         """TRL's loss as this micro-batch's share of the step's, over all ranks."""
         loss = super().compute_loss(model, inputs)
-        self._record_gap(inputs)
+        mask = inputs["completion_mask"].bool()
+        self.means.add("entropy", self._scores.entropy, mask)
+        sampled = inputs.get("sampling_per_token_logps")
+        # Later updates of a batch are no longer the policy that the sampler was a copy of.
+        if sampled is not None and self.state.global_step % self.config.steps_per_rollout == 0:
+            gap = (self._scores.logprobs - sampled).abs()
+            self.means.add("rollout/logprob_gap", gap, mask & ~torch.isnan(sampled), largest=True)
         return loss * self._token_share(inputs) / self.ctx.world_size
 
     def _token_share(self, inputs: dict[str, Any]) -> Tensor | float:
@@ -360,24 +403,14 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         tokens = self.accelerator.reduce(tokens) if ranks > 1 else tokens
         return inputs["completion_mask"].sum() * accumulation * ranks / tokens.clamp(min=1)
 
-    def _record_gap(self, inputs: dict[str, Any]) -> None:
-        """Distance between the log-probabilities of sampler and trainer, on a batch's first use of its policy."""
-        sampled = inputs.get("sampling_per_token_logps")
-        if sampled is None or self.state.global_step % self.config.steps_per_rollout:
-            return
-        mask = inputs["completion_mask"].bool() & ~torch.isnan(sampled)
-        gap = (self._logprobs - sampled).abs()[mask].double()
-        totals = torch.stack([gap.sum(), mask.sum().double(), gap.max() if len(gap) else gap.sum()])
-        every = self.accelerator.gather(totals[None]) if self.ctx.world_size > 1 else totals[None]
-        self._metrics["train"]["rollout/logprob_gap"].append(float(every[:, 0].sum() / every[:, 1].sum().clamp(min=1)))
-        self._metrics["train"]["rollout/logprob_gap_max"].append(float(every[:, 2].max()))
-
     def fit(self) -> list[dict[str, float]]:
         newest = self._newest_checkpoint()
         self.completion_log.start(checkpoints.step_of(newest) if newest else 0)
         return super().fit()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name, value in self.means.take(self.accelerator if self.ctx.world_size > 1 else None).items():
+            self._metrics["train"][name] = [value]
         super().log(logs, start_time)
         self.rails.look(self.state.global_step, logs)
 
@@ -395,65 +428,6 @@ class Clock:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - began
-
-
-class _Named:
-    """Stands for a reward in TRL's tables; `PolicyTrainer` scores by itself."""
-
-    def __init__(self, name: str) -> None:
-        self.__name__ = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Sequence[float]:
-        raise NotImplementedError("rewards are scored by PolicyTrainer._calculate_rewards")
-
-
-def uses_engine(config: PolicyConfig, policy: PreTrainedModel) -> bool:
-    """Whether our decoder writes the completions.
-
-    Raises:
-        StageError: `rollout=engine` for a model that it does not know.
-    """
-    if config.rollout not in ("auto", "engine"):
-        return False
-    reason = "adapters" if config.lora else unsupported(policy)
-    if reason is None:
-        return True
-    if config.rollout == "engine":
-        fail(f"rollout=engine: the decoder does not support {reason}", fix="rollout=transformers")
-    return False
-
-
-def trl_arguments(ctx: StageContext, config: PolicyConfig) -> dict[str, Any]:
-    """Fields of TRL's `GRPOConfig` for these settings."""
-    micro_batch = config.micro_batch(ctx.world_size)
-    accumulation = config.sequences_per_step // (micro_batch * ctx.world_size)
-    return {
-        "num_generations": config.num_generations,
-        "steps_per_generation": accumulation * config.updates_per_generation,
-        "num_iterations": config.num_iterations,
-        "max_completion_length": config.max_completion_length,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "top_k": config.top_k,
-        "min_p": config.min_p or None,
-        "reward_weights": [reward.weight for reward in config.rewards.values()],
-        "loss_type": config.loss_type,
-        "importance_sampling_level": config.importance_sampling_level,
-        "epsilon": config.epsilon,
-        "epsilon_high": config.epsilon_high,
-        "delta": config.delta,
-        "beta": config.beta,
-        "scale_rewards": config.scale_rewards,
-        "multi_objective_aggregation": config.multi_objective_aggregation,
-        "mask_truncated_completions": config.mask_truncated_completions,
-        "top_entropy_quantile": config.top_entropy_quantile,
-        "entropy_coef": config.entropy_coef,
-        "shuffle_dataset": False,
-        "use_transformers_continuous_batching": config.rollout == "continuous_batching",
-        "use_vllm": config.rollout.startswith("vllm"),
-        **({"vllm_mode": config.rollout.removeprefix("vllm_")} if config.rollout.startswith("vllm") else {}),
-        **config.trl,
-    }
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -8,8 +8,6 @@ from __future__ import annotations
 FREE = frozenset(
     {
         "cache_implementation",
-        "cast_lm_head_to_fp32",
-        "chat_template_kwargs",
         "ds3_gather_for_generation",
         "entropy_coef_delta",
         "entropy_coef_max",
@@ -17,13 +15,10 @@ FREE = frozenset(
         "entropy_target",
         "generation_kwargs",
         "off_policy_mask_threshold",
-        "ref_model_mixup_alpha",
-        "ref_model_sync_steps",
         "repetition_penalty",
         "router_aux_loss_coef",
         "sapo_temperature_neg",
         "sapo_temperature_pos",
-        "sync_ref_model",
         "transformers_continuous_batching_config",
         "use_adaptive_entropy",
         "use_bias_correction_kl",
@@ -52,6 +47,8 @@ FREE = frozenset(
 
 OWN = {
     "beta": "beta",
+    "cast_lm_head_to_fp32": "",
+    "chat_template_kwargs": "",
     "delta": "delta",
     "disable_dropout": "",
     "entropy_coef": "entropy_coef",
@@ -75,10 +72,13 @@ OWN = {
     "num_generations_eval": "",
     "num_iterations": "num_iterations",
     "pad_to_multiple_of": "",
+    "ref_model_mixup_alpha": "",
+    "ref_model_sync_steps": "",
     "reward_weights": "rewards.NAME.weight",
     "scale_rewards": "scale_rewards",
     "shuffle_dataset": "",
     "steps_per_generation": "updates_per_generation",
+    "sync_ref_model": "",
     "temperature": "temperature",
     "top_entropy_quantile": "top_entropy_quantile",
     "top_k": "top_k",
@@ -93,10 +93,23 @@ OWN = {
 """Fields that `trl:` may not set, and the setting that does it; empty: the stage decides."""
 
 
-def problem_of(name: str) -> tuple[str, str] | None:
+BY_TRL = ("transformers", "continuous_batching")
+WAYS = {
+    "cache_implementation": BY_TRL,
+    "generation_kwargs": (*BY_TRL, "vllm_colocate", "vllm_server"),
+    "repetition_penalty": (*BY_TRL, "vllm_colocate", "vllm_server"),
+    "transformers_continuous_batching_config": ("continuous_batching",),
+}
+"""Fields that act with some values of `rollout` only; those of vLLM besides."""
+
+
+def problem_of(name: str, rollout: str = "auto") -> tuple[str, str] | None:
     """What is wrong with setting that field, and what to do instead; None if `trl:` may set it."""
     if name in FREE:
-        return None
+        ways = ("vllm_colocate", "vllm_server") if name.startswith("vllm_") else WAYS.get(name)
+        if ways is None or rollout in ways:
+            return None
+        return f"trl.{name} does nothing with rollout={rollout}", f"rollout={' or '.join(ways)}"
     if name in OWN:
         instead = OWN[name]
         return f"trl.{name} is decided by the stage", f"set {instead}" if instead else f"leave trl.{name} out"

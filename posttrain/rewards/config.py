@@ -105,8 +105,9 @@ class CodeReward(TimedReward):
         "namespaces",
         description="namespaces: its own user, network, process, IPC and mount namespaces, with a root of its own that "
         "holds nothing but Python, read-only, and a folder in memory. rlimits: limits of time, memory and processes "
-        "alone, for hosts without user namespaces: the program can then read what every user may read and use the "
-        "network, so only on a host where that is harmless.",
+        "alone, for hosts without user namespaces: the program then runs as this user (as nobody where that is root), "
+        "and can read and change what this user can, keys and weights included, and use the network: only on a host "
+        "where that is harmless.",
     )
     memory_mb: int = Field(512, ge=64, description="Address space of each of the program's processes, MiB.")
     processes: int = Field(4, ge=1, le=64, description="Processes and threads that the program may have at once.")

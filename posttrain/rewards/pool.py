@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -94,8 +94,11 @@ class Pool:
             while not all(worker.ready for worker in self._workers):
                 self._step(_Round([]))
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def run(self, jobs: Sequence[Job], at_step: Callable[[], None] = lambda: None) -> list[Outcome]:
         """What became of each job, in order.
+
+        Args:
+            at_step: called whenever some were done, or a deadline has passed: work goes on.
 
         Raises:
             StageError: workers cannot be started, or a job raised one: then no answer can be scored.
@@ -106,6 +109,7 @@ class Pool:
             try:
                 while current.left:
                     self._step(current)
+                    at_step()
             except BaseException:
                 self._end()  # their replies would be taken for those of the next round
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
@@ -132,12 +132,14 @@ class RewardSet:
         completions: Sequence[str],
         rows: Sequence[Mapping[str, Any]],
         lengths: Sequence[int],
+        at_score: Callable[[], None] = lambda: None,
     ) -> Scores:
         """The scores of a batch; an answer that hangs, crashes or attacks its scorer has 0.
 
         Args:
             rows: the data set's rows that the prompts come from.
             lengths: of the completions, tokens.
+            at_score: called as scores come in.
 
         Raises:
             StageError: nothing can be scored, because workers do not start, a sandbox cannot be had, or an installed
@@ -157,7 +159,7 @@ class RewardSet:
                     places.append((name, index))
                 else:
                     by_reward[name][index] = made
-        for (name, index), outcome in zip(places, self._pool.run(jobs), strict=True):
+        for (name, index), outcome in zip(places, self._pool.run(jobs, at_score), strict=True):
             by_reward[name][index] = _settled(outcome, counts)
         counts["unscored"] = sum(score is None for scores in by_reward.values() for score in scores)
         correctness = frozenset(name for name, reward in self.rewards.items() if reward.correctness)

@@ -77,6 +77,19 @@ def fast_layers(
             del module.forward
 
 
+@contextlib.contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, layers run as their class says, within a `fast_layers` too: for calls whose shapes change every time."""
+    layers = decoder_layers(model)
+    modules = [*layers, *(layer.mlp for layer in layers if hasattr(layer, "mlp"))]
+    replaced = [(module, module.__dict__.pop("forward")) for module in modules if "forward" in module.__dict__]
+    try:
+        yield
+    finally:
+        for module, forward in replaced:
+            module.forward = forward
+
+
 def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 

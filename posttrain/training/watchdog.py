@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import threading
@@ -62,7 +63,8 @@ class Watchdog:
 
     def _end(self, silent: float) -> None:
         path = self.ctx.work_dir / f"hang_rank{self.ctx.rank}.txt"
-        _write_stacks(path)
+        with contextlib.suppress(OSError):  # a disk that is gone must not keep what hangs on it alive
+            _write_stacks(path)
         setting = f"stages.{self.ctx.name}.hang_seconds"
         error = StageError(
             f"rank {self.ctx.rank} has made no progress for {silent:.0f} s ({self._doing}); where its threads stand is "

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from posttrain.methods.riskpo.presets import fill
+from posttrain.methods.riskpo.presets import PRESETS, fill
 from posttrain.methods.riskpo.settings import RiskSettings
 from posttrain.policy.config import PolicyConfig
 
@@ -66,12 +66,24 @@ class RiskpoConfig(PolicyConfig):
 
     @model_validator(mode="after")
     def _advantages_of_one_kind(self) -> Self:
+        if self.scale_rewards != PRESETS[self.preset]["loss"]["scale_rewards"]:
+            raise ValueError(f"scale_rewards={self.scale_rewards} is GRPO's and does nothing here: set risk.scale")
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "multi_objective_aggregation=normalize_then_sum is GRPO's: here `risk` makes the advantages"
             )
-        if self.risk.risk == "pass_at_k" and self.risk.k > self.num_generations:
+        return self
+
+    @model_validator(mode="after")
+    def _tries_that_can_be_counted(self) -> Self:
+        if self.risk.risk != "pass_at_k":
+            return self
+        if self.risk.k > self.num_generations:
             raise ValueError(f"risk.k={self.risk.k} exceeds num_generations={self.num_generations}")
+        rewards = [self.rewards[name] for name in self.risk_rewards]
+        partial = [reward for reward in rewards if reward.weight != 1 or getattr(reward, "threshold", 1.0) is None]
+        if len(rewards) != 1 or partial:
+            raise ValueError("risk.risk=pass_at_k is of one reward of 0 or 1, with weight 1 and without partial credit")
         return self
 
     @property

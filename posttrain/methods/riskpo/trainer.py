@@ -15,7 +15,7 @@ from posttrain.methods.riskpo.difficulty import PassRates, kind_of
 from posttrain.methods.riskpo.estimator import risk_advantages
 from posttrain.methods.riskpo.quantiles import make_tracker
 from posttrain.policy.data import ROW
-from posttrain.policy.trainer import PolicyTrainer
+from posttrain.policy.trainer import QUESTION, PolicyTrainer
 
 COMPARE_EVERY = 100
 """Roll-out batches between two looks at whether all ranks track the same quantiles."""
@@ -62,8 +62,8 @@ class RiskpoTrainer(PolicyTrainer):
     def _kinds(self, rollout: int) -> list[str]:
         """Of the questions of a batch, in the order of the gathered rewards; every rank has all rows."""
         first = rollout * self.config.questions_per_batch
-        rows = self.train_dataset[first : first + self.config.questions_per_batch][ROW]
-        return [kind_of(json.loads(row)) for row in rows]
+        asked = self.train_dataset[first : first + self.config.questions_per_batch][QUESTION]
+        return [kind_of(json.loads(row)) for row in self.prompts.rows[asked][ROW]]
 
     def _compare_ranks(self) -> None:
         """Raises StageError: the ranks' trackers have come apart, and with them their advantages."""
