@@ -29,6 +29,7 @@ LEARN = [
     "rl",
     "stages.rl.risk.bundles=stratified",
     # Random weights solve no problem: without a reward that they earn nothing would be learnt, and nothing be shown.
+    "stages.rl.rewards.correct.type=gym",
     "stages.rl.rewards.letters={type: regex, pattern: '[a-m]', match: search}",
     "stages.rl.risk_reward=letters",
 ]
