@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from harness import copy_store_without, freeze_when, gone, has_event, posttrain, start, wait_for, worker_pid
 from test_ranks import DISTILL, history, ranks_of
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_a_silent_one_ends_the_run(undisturbed: Path, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     copy_store_without(undisturbed, outputs, "distill")

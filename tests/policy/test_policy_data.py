@@ -13,7 +13,7 @@ from posttrain.data.chat import TEMPLATE_DATE, continued_text
 from posttrain.errors import StageError
 from posttrain.models.tiny import tiny_tokenizer
 from posttrain.policy.data import PROMPT, ROW, read_prompts
-from posttrain.rewards.config import GymReward, LengthReward, MathReward
+from posttrain.rewards.config import CodeReward, GymReward, LengthReward, MathReward
 
 CORRECT = {"correct": GymReward(), "short": LengthReward(target=1, limit=2)}
 
@@ -77,6 +77,12 @@ def test_one_reward_that_can_judge_is_enough(tmp_path: Path) -> None:
     found = read_prompts(folder, tiny_tokenizer(), 200, {"gym": GymReward(), "math": MathReward()})
     assert len(found.rows) == 2
     assert found.unusable == {"no answer or task, which the rewards need": 1}
+
+
+def test_a_reward_needs_one_of_its_fields(tmp_path: Path) -> None:
+    rows = [question(1, tests=["assert True"]), question(2, test_code="assert True"), question(3)]
+    found = read_prompts(write(tmp_path / "data", rows), tiny_tokenizer(), 200, {"code": CodeReward()})
+    assert len(found.rows) == 2 and found.unusable == {"no test_code or tests, which the rewards need": 1}
 
 
 def test_rewards_that_need_nothing_take_every_row(tmp_path: Path) -> None:
