@@ -64,7 +64,7 @@ class ScriptedRewards:
         self.of = score
         self.asked: list[list[tuple[str, str]]] = []
 
-    def score(self, prompts: Any, completions: Any, rows: Any, lengths: Any) -> Scores:
+    def score(self, prompts: Any, completions: Any, rows: Any, lengths: Any, at_score: Any = None) -> Scores:
         self.asked.append(list(zip(prompts, completions, strict=True)))
         found = [self.of(*one) for one in zip(prompts, completions, rows, lengths, strict=True)]
         counts = {**dict.fromkeys(COUNTS, 0), "parse_failures": sum(0.0 in one.values() for one in found)}
@@ -103,7 +103,8 @@ def make_trainer(
 ) -> Any:
     """A trainer on a context in `folder`. `ctx`: further fields of the context."""
     config_class, trainer_class, defaults = KINDS[kind]
-    config = config_class(**{**SMALL, **defaults, **settings})
+    bound = {"epsilon_high": 5.0} if settings.get("loss_type") == "cispo" else {}
+    config = config_class(**{**SMALL, **bound, **defaults, **settings})
     folder.mkdir(parents=True, exist_ok=True)
     context = StageContext("rl", config, folder, **{"seed": 3, "device": "cpu", **(ctx or {})})
     return (cls or trainer_class)(
@@ -156,3 +157,8 @@ class Recorder:
         rows = {name: inputs[name].detach().clone() for name in ("completion_ids", "advantages", "completion_mask")}
         self.micro.append({**rows, "loss": float(loss.detach()), "step": self.state.global_step})
         return loss
+
+
+def asked_rows(trainer: Any) -> Any:
+    """The questions of a trainer's run, in order, as a table that TRL's own trainer could take."""
+    return trainer.prompts.rows.select(trainer.train_dataset["question"])

@@ -11,7 +11,7 @@ import torch
 import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_world import make_policy, make_trainer
+from policy_world import asked_rows, make_policy, make_trainer
 
 from posttrain.errors import StageError
 from posttrain.models.tiny import tiny_tokenizer
@@ -58,7 +58,7 @@ def theirs(ours: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[flo
             model=make_policy(initializer_range=0.2),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=trl.GRPOConfig(output_dir=str(folder), temperature=temperature, **fixed),
-            train_dataset=ours.train_dataset,
+            train_dataset=asked_rows(ours),
             processing_class=tiny_tokenizer(),
         )
 

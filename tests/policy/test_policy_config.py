@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -172,3 +173,45 @@ def test_a_presets_loss_reaches_the_trainer() -> None:
     assert config.updates_per_generation == 4 and config.risk.credit == "sum_mean"
     own = RiskpoConfig(**{**SMALL, "preset": "released_dapo", "generation_batch_size": 40, "updates_per_generation": 1})
     assert own.updates_per_generation == 1 and own.loss_type == "bnpo"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (GrpoConfig, {"loss_type": "cispo"}, "epsilon_high, which is then 1 or more"),
+        (GrpoConfig, {"trl": {"repetition_penalty": 1.1}}, "trl.repetition_penalty does nothing with rollout=auto"),
+        (GrpoConfig, {"trl": {"vllm_server_port": 1}}, "does nothing with rollout=auto: rollout=vllm_colocate or"),
+        (GrpoConfig, {"trl": {"sync_ref_model": True}}, "trl.sync_ref_model is decided by the stage"),
+        (GrpoConfig, {"trl": {"chat_template_kwargs": {}}}, "trl.chat_template_kwargs is decided by the stage"),
+        (RiskpoConfig, {"scale_rewards": "batch"}, "does nothing here: set risk.scale"),
+        (
+            RiskpoConfig,
+            {
+                "risk": {"risk": "pass_at_k", "level": "question", "k": 2},
+                "rewards": {"correct": {"type": "gym", "threshold": None}},
+            },
+            "without partial credit",
+        ),
+        (
+            RiskpoConfig,
+            {
+                "risk": {"risk": "pass_at_k", "level": "question", "k": 2},
+                "rewards": {"correct": {"type": "gym", "weight": 2}},
+            },
+            "with weight 1",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_or_harm(kind: Any, fields: dict[str, Any], message: str) -> None:
+    base = {"max_steps": 4, "num_generations": 4, "generation_batch_size": 20}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kind(**{**base, **fields})
+
+
+def test_settings_that_do_something_are_taken() -> None:
+    base = {"max_steps": 4, "num_generations": 4, "generation_batch_size": 20}
+    assert GrpoConfig(**base, loss_type="cispo", epsilon_high=5.0).epsilon_high == 5
+    assert GrpoConfig(**base, rollout="transformers", trl={"repetition_penalty": 1.1}).trl
+    assert GrpoConfig(**base, rollout="vllm_server", trl={"vllm_server_port": 1}).trl
+    assert RiskpoConfig(**base, preset="neutral").scale_rewards == "group"
+    assert RiskpoConfig(**base, risk={"risk": "pass_at_k", "level": "question", "k": 2}).risk.k == 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trl
-from policy_world import SMALL, Recorder, by_chance, column, distance, make_policy, make_trainer, weights
+from policy_world import SMALL, Recorder, asked_rows, by_chance, column, distance, make_policy, make_trainer, weights
 
 from posttrain.methods.riskpo.trainer import RiskpoTrainer
 from posttrain.models.loading import load_model, save_model
@@ -63,7 +63,7 @@ def stock(ours: Any, folder: Path, model: Any, **changes: Any) -> Any:
         model=model,
         reward_funcs=correct,
         args=arguments,
-        train_dataset=ours.train_dataset,
+        train_dataset=asked_rows(ours),
         processing_class=tiny_tokenizer(),
     )
     written, compute = iter(ours.written), trainer.compute_loss

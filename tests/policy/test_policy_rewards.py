@@ -34,6 +34,11 @@ class RecordedRiskpo(Recorder, RiskpoTrainer):
 CLASSES = {"grpo": RecordedGrpo, "riskpo": RecordedRiskpo, "neutral": RecordedRiskpo}
 
 
+def asked(trainer: Any, row: dict[str, Any]) -> str:
+    """The prompt of a row that the loader gives."""
+    return trainer.prompts.rows[row["question"]]["prompt"]
+
+
 def trained(kind: str, folder: Path, score: Any, **settings: Any) -> tuple[Any, list[dict[str, Any]]]:
     trainer = make_trainer(kind, folder, score=score, cls=CLASSES[kind], **settings)
     return trainer, trainer.fit()
@@ -56,7 +61,7 @@ def test_what_cannot_be_scored_has_no_advantage(kind: str, tmp_path: Path) -> No
     for batch, (ids, _) in zip(trainer.batches, trainer.written, strict=True):
         advantages = batch["advantages"].view(-1, 4)
         unknown = torch.tensor([len(one) % 2 == 1 for one in ids]).view(-1, 4)
-        unknown[[row["prompt"].startswith("q3 ") for row in batch["inputs"][::4]]] = True
+        unknown[[asked(trainer, row).startswith("q3 ") for row in batch["inputs"][::4]]] = True
         assert not advantages[unknown].any()
         alone += int((unknown.sum(1) == 3).sum())
         assert not advantages[unknown.sum(1) >= 3].any()  # one score has nothing to be compared with
@@ -84,7 +89,7 @@ def test_how_an_answer_is_written_does_not_decide_where_nothing_judges_it(kind: 
     trainer, _ = trained(kind, tmp_path, score, **SHAPED)
     seen = 0
     for batch in trainer.batches:
-        of_three = torch.tensor([row["prompt"].startswith("q3 ") for row in batch["inputs"]])
+        of_three = torch.tensor([asked(trainer, row).startswith("q3 ") for row in batch["inputs"]])
         seen += int(of_three.sum())
         assert not batch["advantages"][of_three].any() and batch["advantages"][~of_three].any()
     assert seen == 4
@@ -167,3 +172,19 @@ def test_a_tokens_advantage_is_its_own(tmp_path: Path) -> None:
     # In the log a completion has the mean of its tokens.
     logged = torch.tensor(list(first._logs["advantages"]))
     assert torch.allclose(logged * first.lengths, torch.tensor(list(every._logs["advantages"])), atol=1e-6)
+
+
+def test_every_score_is_progress(tmp_path: Path) -> None:
+    """A batch may take longer to score than `hang_seconds`, as long as scores come in."""
+    beats: list[str] = []
+    trainer = make_trainer("grpo", tmp_path, max_steps=1)
+    score, trainer.watchdog.beat = trainer.reward_set.score, beats.append
+
+    def slow(*asked: Any, at_score: Any) -> Any:
+        for _ in range(3):
+            at_score()
+        return score(*asked)
+
+    trainer.reward_set.score = slow
+    trainer.fit()
+    assert beats.count("scoring for step 1") >= 3

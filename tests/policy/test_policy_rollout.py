@@ -67,7 +67,7 @@ def test_the_engine_is_refused_where_it_cannot_write(tmp_path: Path) -> None:
 def test_a_model_that_the_engine_does_not_know_is_written_by_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("posttrain.policy.trainer.unsupported", lambda model: "this attention")
+    monkeypatch.setattr("posttrain.policy.arguments.unsupported", lambda model: "this attention")
     assert make_trainer("grpo", tmp_path).rollout is None
     with pytest.raises(StageError, match="rollout=engine: the decoder does not support this attention"):
         make_trainer("grpo", tmp_path, rollout="engine")

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from policy_world import Recorder, by_chance, column, distance, make_policy, make_prompts, make_trainer, weights
+from policy_world import (
+    Recorder,
+    asked_rows,
+    by_chance,
+    column,
+    distance,
+    make_policy,
+    make_prompts,
+    make_trainer,
+    weights,
+)
 
 from posttrain.policy.trainer import PolicyTrainer
 
@@ -84,10 +94,10 @@ def test_the_loss_is_taken_at_the_samplers_temperature(temperature: float, tmp_p
 def test_questions_come_in_the_order_of_the_run(more: dict[str, Any], tmp_path: Path) -> None:
     """Twelve questions are three batches of four; each question is asked `num_generations` times in a row."""
     trainer, _ = trained(tmp_path, **more)
-    asked = [[row["prompt"] for row in batch["inputs"]] for batch in trainer.batches]
+    asked = [[trainer.prompts.rows[row["question"]]["prompt"] for row in batch["inputs"]] for batch in trainer.batches]
     groups = [batch[start : start + 4] for batch in asked for start in range(0, 16, 4)]
     assert all(len(set(group)) == 1 for group in groups)
-    assert [group[0] for group in groups] == list(trainer.train_dataset["prompt"])
+    assert [group[0] for group in groups] == list(asked_rows(trainer)["prompt"])
     assert {group[0] for group in groups} == set(make_prompts().ids) and len(groups) == 12
 
 

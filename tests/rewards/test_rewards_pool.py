@@ -158,3 +158,10 @@ def test_workers_die_with_their_owner_busy_or_idle() -> None:
     owner.wait()
     gone, alive = psutil.wait_procs(workers, timeout=10)
     assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_work_that_goes_on_is_told() -> None:
+    told: list[int] = []
+    with Pool(1) as pool:
+        pool.run([root(4.0), evil(0.3), root(9.0)], lambda: told.append(1))
+    assert len(told) >= 2

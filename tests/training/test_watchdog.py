@@ -94,3 +94,10 @@ def test_a_trainer_that_hangs_is_found(tmp_path: Path) -> None:
     trainer.compute_loss = lambda *args, **kwargs: (time.sleep(4.5 * (trainer.state.global_step == 1)), step(*args))[1]
     trainer.fit()
     assert len(found) == 1 and "(step 2)" in str(found[0])
+
+
+def test_a_disk_that_is_gone_does_not_keep_what_hangs_alive(tmp_path: Path) -> None:
+    watchdog, found = watched(tmp_path / "gone", 0.2)
+    with watchdog:
+        time.sleep(0.7)
+    assert len(found) == 1
