@@ -110,6 +110,9 @@ class GymTasks(BaseModel):
         description="Tasks by name, each with settings of its generator ({}: the generator's own). The default's are "
         "small enough for a model of 135 million parameters to solve some. Naming one replaces them all.",
     )
+    only: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Of `tasks` these alone, as an option's mix has more; null = all."
+    )
     size: int = Field(2000, ge=2, description="Problems in all, train and held-out together, from every task in turn.")
     answer_format: Literal["plain", "tag"] = Field(
         "plain",
@@ -129,6 +132,19 @@ class GymTasks(BaseModel):
         "begin at level 0; settings under `tasks` win. null = no curriculum.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _those_alone(cls, data: Any) -> Any:
+        """`tasks` without the others: whatever is made of them knows no `only`."""
+        if not isinstance(data, dict) or not isinstance(chosen := data.get("only"), list | tuple):
+            return data
+        tasks = data.get("tasks", EASY_TASKS)
+        if not isinstance(tasks, dict):
+            return data
+        if unknown := [name for name in chosen if name not in tasks]:
+            raise ValueError(f"`only` names {unknown[0]}, and the tasks are {', '.join(tasks)}")
+        return {**data, "tasks": {name: tasks[name] for name in tasks if name in chosen}}
+
     @field_validator("difficulty", mode="before")
     @classmethod
     def _one_level_is_a_list(cls, value: Any) -> Any:
@@ -142,7 +158,7 @@ class GymTasks(BaseModel):
         return value
 
 
-GYM_LATER = ("answer_format", "instruction", "difficulty")
+GYM_LATER = ("answer_format", "instruction", "difficulty", "only")
 """Settings of `GymTasks` that came later: at their defaults they are not in the key."""
 
 

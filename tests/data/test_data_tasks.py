@@ -126,3 +126,11 @@ def test_errors_at_run_time_are_stage_errors(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(StageError, match="not installed"):
         run(config(), tmp_path / "w")
+
+
+def test_only_leaves_the_other_tasks_out_and_says_what_it_does_not_find():
+    chosen = GymTasks(tasks={"chain_sum": {"max_digits": 1}, "gcd": {}}, only=["chain_sum"])
+    assert chosen.tasks == {"chain_sum": {"max_digits": 1}}
+    assert {problem.task["name"] for problem in draw(GymTasks(only=["gcd"], size=8), 0.0, 0).train} == {"gcd"}
+    with pytest.raises(ValueError, match="`only` names lcm, and the tasks are chain_sum, gcd"):
+        GymTasks(tasks={"chain_sum": {}, "gcd": {}}, only=["lcm"])
