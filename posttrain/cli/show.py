@@ -36,7 +36,13 @@ def command(
     found = [entry for entry in entries if entry.name == name]
     is_path = os.sep in name or name.endswith((".yaml", ".yml"))
     if is_path or any(entry.kind == "recipe" for entry in found):
-        typer.echo(recipe_schema() if schema else recipe_text(name, overrides or [], origin, config_dir))
+        # A recipe may bear the name of the stage that it is about.
+        stages = [entry for entry in found if entry.kind == "stage"]
+        if schema:
+            typer.echo(stage_schema(stages[0]) if stages else recipe_schema())
+            return
+        text = recipe_text(name, overrides or [], origin, config_dir)
+        typer.echo("\n\n".join([*([] if overrides or origin else map(entry_text, stages)), text]))
         return
     if not found:
         guess = nearest(name, [entry.name for entry in entries])

@@ -35,7 +35,7 @@ def test_the_logged_entropy_does_not_depend_on_the_micro_batch(bonus: dict[str, 
         found[size] = trainer.fit()[0]
         assert trainer._sorts == (not bonus)
     for name in ("entropy", "rollout/logprob_gap", "rollout/logprob_gap_max"):
-        assert found[2][name] == pytest.approx(found[16][name], rel=1e-4, abs=2e-7), name
+        assert found[2][name] == pytest.approx(found[16][name], rel=1e-4, abs=2e-6), name
 
 
 def test_the_reference_model_is_made_fast_as_the_policy_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

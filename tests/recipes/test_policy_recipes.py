@@ -14,7 +14,7 @@ from posttrain.pipeline.plan import make_plan
 ROOT = Path(__file__).parents[2]
 RECIPES = ["grpo", "riskpo"]
 SCALES = [None, "smoke", "demo", "gpu1"]
-ORDER = ["model", "data", "teach", "rl", "evaluate_taught", "evaluate"]
+ORDER = ["model", "datasets.problems", "teach", "rl", "evaluate_taught", "evaluate"]
 
 
 def load(recipe: str, scale: str | None, *overrides: str):
@@ -35,9 +35,17 @@ def test_every_scale_is_planned(recipe, scale, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_taught_model_learns_and_is_what_the_result_is_compared_with(recipe, scale):
     found = load(recipe, scale).stages
-    assert found["rl"].inputs == {"model": "teach.model", "data": "data.train"}
-    assert found["evaluate"].inputs == {"model": "rl.model", "baseline": "teach.model", "data": "data.heldout"}
-    assert found["evaluate_taught"].inputs == {"model": "teach.model", "baseline": "model", "data": "data.heldout"}
+    assert found["rl"].inputs == {"model": "teach.model", "data": "datasets.problems.train"}
+    assert found["evaluate"].inputs == {
+        "model": "rl.model",
+        "baseline": "teach.model",
+        "data": "datasets.problems.heldout",
+    }
+    assert found["evaluate_taught"].inputs == {
+        "model": "teach.model",
+        "baseline": "model",
+        "data": "datasets.problems.heldout",
+    }
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -75,11 +83,11 @@ def commands(recipe: str) -> list[list[str]]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_commands_in_its_head_can_be_typed(recipe, tmp_path):
     typed = commands(recipe)
-    assert len(typed) >= 6 and any("data=math" in overrides for overrides in typed)
+    assert len(typed) >= 6 and any("data@datasets.problems=math" in overrides for overrides in typed)
     for overrides in typed:
         make_plan(load_recipe(recipe, [*overrides, f"paths.outputs={tmp_path}"]))
 
 
 def test_questions_without_a_scorer_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="reward `correct`"):
-        make_plan(load("grpo", None, "data=math", f"paths.outputs={tmp_path}"))
+        make_plan(load("grpo", None, "data@datasets.problems=math", f"paths.outputs={tmp_path}"))

@@ -10,7 +10,7 @@ import pytest
 from plugin_packages import forget, install, see
 
 from posttrain.config import plugins
-from posttrain.data.config import EASY_TASKS, GymTasks
+from posttrain.data.sections import EASY_TASKS, GymTasks
 from posttrain.data.tasks import draw
 from posttrain.errors import RecipeError, StageError
 from posttrain.rewards import gym
