@@ -94,6 +94,7 @@ def test_killed_and_resumed_equals_undisturbed(moment: str, learnt: Path, tmp_pa
     assert not list(outputs.glob("store/*/.work-*"))
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_undisturbed(learnt: Path, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     pid, runner = interrupted(learnt, tmp_path, MOMENTS["after the first step"], "the first step")
