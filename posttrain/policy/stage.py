@@ -147,12 +147,12 @@ def data_problems(cfg: PolicyConfig, data: ArtifactMeta) -> list[Problem]:
     where = f"data={cfg.inputs.get('data', '?')}"
     if data.rows == 0:
         return [
-            Problem("the data has no rows", where=where, fix="give a dataset of questions, e.g. data=reasoning_gym")
+            Problem("the data has no rows", where=where, fix="give a dataset of questions, e.g. data=reasoning_gym_rl")
         ]
     kind = data.extra.get("rows")
     if kind == "text":
         problem = "the data is plain text, which asks nothing"
-        return [Problem(problem, where=where, fix="a dataset of questions, e.g. data=reasoning_gym")]
+        return [Problem(problem, where=where, fix="a dataset of questions, e.g. data=reasoning_gym_rl")]
     if (fields := data.extra.get("fields")) is None:
         return []
     try:
