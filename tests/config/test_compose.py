@@ -15,10 +15,10 @@ from posttrain.config.compose import Repository, defaults_list, merge, merge_int
 from posttrain.config.overrides import apply_values, parse, sort
 
 RECIPES = sorted(path.stem for path in paths.shipped("recipes").glob("*.yaml"))
-# Ours as the user types it; Hydra's as Hydra wants it.
+# Ours as the user types it; Hydra's as Hydra wants it. DATA: the recipe's first choice of data, such as `data`.
 OVERRIDES = [
     ([], []),
-    (["model=tiny", "data=tiny", "engine=cpu"], ["model=tiny", "data=tiny", "engine=cpu"]),
+    (["model=tiny", "DATA=tiny", "engine=cpu"], ["model=tiny", "DATA=tiny", "engine=cpu"]),
     (["model@models.teacher=tiny"], ["+model@models.teacher=tiny"]),
     (["stage@stages.evaluate=distill"], ["stage@stages.evaluate=distill"]),
     (
@@ -26,7 +26,7 @@ OVERRIDES = [
         ["+stage@stages.more=evaluate", "++stages.more.inputs.model=model"],
     ),
     (["~stages.evaluate", "seed=3"], ["~stages.evaluate", "++seed=3"]),
-    (["~data"], ["~data"]),
+    (["~DATA"], ["~DATA"]),
     (["stages.distill={lr: 1e-3, new: {a: [1, 2]}}"], ["++stages.distill={lr: 1e-3, new: {a: [1, 2]}}"]),
     (["stages.distill.inputs={}", "a.b.c='x y'"], ["++stages.distill.inputs={}", "++a.b.c='x y'"]),
     (["scales.smoke=[a,b]", "model.architecture.x=null"], ["++scales.smoke=[a,b]", "++model.architecture.x=null"]),
@@ -58,9 +58,18 @@ def hydras(recipe: str, overrides: list[str]) -> dict:
         return OmegaConf.to_container(hydra_compose(recipe, [*overrides, search]))
 
 
+def first_data(recipe: str) -> str:
+    """`data`, or `data@datasets.problems` where the recipe's data have a name of their own."""
+    defaults = OmegaConf.load(paths.shipped("recipes") / f"{recipe}.yaml").defaults
+    names = [str(name) for entry in defaults if not isinstance(entry, str) for name in entry]
+    return next(name for name in names if name.split("@")[0] == "data")
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("typed", "for_hydra"), OVERRIDES, ids=lambda value: " ".join(value)[:40])
 def test_equal_to_hydras_compose(recipe: str, typed: list[str], for_hydra: list[str]) -> None:
+    data = first_data(recipe)
+    typed, for_hydra = ([item.replace("DATA", data) for item in items] for items in (typed, for_hydra))
     assert ours(recipe, typed) == hydras(recipe, for_hydra)
 
 

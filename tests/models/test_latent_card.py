@@ -128,4 +128,5 @@ def test_packed_documents_equal_documents_one_by_one(
         single = torch.stack(
             [torch.cat([model(input_ids=document[None]).logits[0] for document in row]) for row in documents]
         )
-    assert torch.allclose(packed, single, atol=1e-5)
+    # fp32 rounds to about 1e-5 here (it differs by processor); a document that leaks changes logits by 0.1 and more.
+    assert torch.allclose(packed, single, atol=1e-4)
