@@ -36,6 +36,17 @@ def is_over(job: str, restarts: int) -> bool | None:
 
 def state_of(job: str) -> str | None:
     """State of a job, as squeue names it, "" for one that Slurm does not know any more; None: no answer."""
+    answer = _answer(job)
+    return answer if not answer else answer.split()[0]
+
+
+def waits_for(job: str) -> str:
+    """Why a job that is pending does not start, as squeue names it, e.g. "Priority"; "" if there is nothing to say."""
+    state, _, reason = (_answer(job) or "").partition(" ")
+    return reason if state == "PENDING" and reason != "None" else ""
+
+
+def _answer(job: str) -> str | None:
     asked, answer = _answers.get(job, (-ASK_SECONDS, None))
     if time.monotonic() - asked >= ASK_SECONDS:
         answer = _ask(job)
@@ -46,12 +57,11 @@ def state_of(job: str) -> str | None:
 def _ask(job: str) -> str | None:
     if shutil.which("squeue") is None:
         return None
-    command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
+    command = ["squeue", "--noheader", "--states=all", "--format=%T %r", f"--jobs={job}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
     if answer.returncode == 0:
-        states = answer.stdout.split()
-        return states[0] if states else ""
+        return answer.stdout.strip().partition("\n")[0]
     return "" if "Invalid job id" in answer.stderr else None
