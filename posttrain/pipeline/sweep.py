@@ -17,11 +17,11 @@ from posttrain.errors import (
     Problem,
     RecipeError,
 )
-from posttrain.pipeline.execution import Display
 from posttrain.pipeline.files import read_json, write_json
 from posttrain.pipeline.fingerprint import digest
 from posttrain.pipeline.plan import Plan
 from posttrain.pipeline.runner import RunResult, check_name, check_selection, run_plan
+from posttrain.pipeline.stage_runner import Display
 
 FORMAT = 1
 RECORD = "sweep.json"
