@@ -67,6 +67,10 @@ class StageRunner:
         """What the event of a started stage says besides attempt, process and log."""
         return {}
 
+    def _stopped_how(self) -> dict[str, Any]:
+        """What the event of a stopped stage says besides where it stopped."""
+        return {}
+
     def _retired(self, lost: list[StagePlan]) -> None:
         """Stages have lost artifacts that were made from outputs which a rerun replaced."""
 
@@ -262,10 +266,11 @@ class StageRunner:
             self.log.append("stage_finished", planned.name, seconds=artifact.manifest["seconds"])
             return "done", ""
         if outcome is not None and outcome["status"] == "stopped":
-            self.log.append("stage_stopped", planned.name, step=outcome["step"])
+            self.log.append("stage_stopped", planned.name, step=outcome["step"], **self._stopped_how())
             return "stopped", ""
         if outcome is None and self.stopping:
-            self.log.append("stage_stopped", planned.name, message="ended before it could save")
+            how = {"message": "ended before it could save", **self._stopped_how()}
+            self.log.append("stage_stopped", planned.name, **how)
             return "stopped", ""
         message = self._failure(planned, job, outcome, code)
         if outcome is not None and outcome.get("damaged"):
