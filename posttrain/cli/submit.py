@@ -23,6 +23,9 @@ def command(
         bool, typer.Option("--dry-run", help="Print the files and commands of the submission; nothing is written.")
     ] = False,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", "--multirun", help="Sweep: a job array for each stage of the points.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Submit although it is expensive or may not fit.")] = False,
     config_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
@@ -38,6 +41,12 @@ def command(
     from posttrain.config.recipe import load_recipe
     from posttrain.pipeline.plan import make_plan
 
+    if multirun:
+        from posttrain.cli.sweep import sweep
+
+        selection = {"from_": from_, "until": until, "only": only, "force": force or ()}
+        given = with_launcher(overrides or [])
+        return sweep(recipe, given, config_dir, selection, name, dry_run=dry_run, yes=yes, detach=True)
     resolved = load_recipe(recipe, with_launcher(overrides or []), config_dir=config_dir)
 
     def make():

@@ -194,7 +194,8 @@ def _give_up_lost(run: RunDir, ledger: Ledger, own_job: str | None) -> None:
     log = EventLog(run.events_path)
     # Looked at again: a job may have written its last event and ended since.
     for stage, entry in read_ledger(run).left.items():
-        if entry.job in there or (own_job is not None and entry.job == own_job):
+        elsewhere = ledger.cancelled and entry.owner is not None
+        if not elsewhere and (entry.job in there or (own_job is not None and entry.job == own_job)):
             continue
         facts: dict[str, Any] = {"job": entry.job}
         if ledger.cancelled:

@@ -165,6 +165,8 @@ def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = Fals
         print(f"posttrain: {message}", flush=True)
         _others(run, stage, "stage_cancelled", message=f"stage {stage} failed")
         cancel_descendants(run, stage, f"stage {stage} failed")
+    elif status == "cancelled":
+        _others(run, stage, "stage_cancelled", message=f"run {run.name}, which computed it, was cancelled")
     elif status in ("done", "cached"):
         _others(run, stage, "stage_cached")
     if status == "stopped":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from posttrain.pipeline.plan import Plan, StagePlan
 from posttrain.pipeline.run_dir import RunDir
 from posttrain.pipeline.runner import check_name, check_selection
 from posttrain.pipeline.stage_runner import Display, StageRunner
+
+After = Mapping[str, tuple[str, str]]
+"""What a job waits for: stage to (policy, job)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def needs(plan: Plan, planned: StagePlan) -> dict[str, str]:
     return {parent: policies.get(parent, "afterok") for parent in parents}
 
 
-def arguments(after: dict[str, tuple[str, str]], script: Path) -> list[str]:
+def arguments(after: After, script: Path) -> list[str]:
     """What sbatch is called with. `after`: stage to (policy, job)."""
     found = ["--parsable", "--export=ALL"]
     if after:
@@ -103,17 +107,17 @@ def submit(plan: Plan, display: Display) -> Submitted:
         there = queued() if stages else {}
         if not stages and not [job for job in previous.jobs.values() if job in queued()]:
             return Submitted(run, result=Execution(plan, run, display).run_all())
-        return _Submission(plan, run, display).submit(stages, there)
+        return Submission(plan, run, display).submit(stages, there)
 
 
-class _Submission(StageRunner):
-    """One submission; the caller holds the run's lock, for which the jobs wait before they begin."""
+class Submission(StageRunner):
+    """One submission of a run; the caller holds the run's lock, for which the jobs wait before they begin."""
 
-    def submit(self, stages: list[StagePlan], there: dict[str, str]) -> Submitted:
+    def begin(self, stages: list[StagePlan], there: Mapping[str, str], **facts: Any) -> dict[str, str]:
+        """Write down what is to come; stage to job of those that are in the queue already."""
         freeze(self.plan, self.run_dir)
-        facts: dict[str, Any] = {"recipe": self.plan.resolved.recipe, "stages": len(self.plan.stages)}
-        expected = [planned.name for planned in stages]
-        self.log.append("run_started", launcher="slurm", expected=expected, **facts)
+        facts |= {"recipe": self.plan.resolved.recipe, "stages": len(self.plan.stages)}
+        self.log.append("run_started", launcher="slurm", expected=[planned.name for planned in stages], **facts)
         # What has ended until now, in the eyes of the events; what ends from here on is the new ledger's.
         events = self.run_dir.events()
         last = max(index for index, event in enumerate(events) if event["event"] == "run_started")
@@ -121,61 +125,65 @@ class _Submission(StageRunner):
         for planned in self.plan.stages:
             if planned.artifact is not None and planned not in stages:
                 self._cached(planned, planned.artifact)
+        return {one.name: active[one.name] for one in stages if one.name in active and not one.forced}
+
+    def record(self, planned: StagePlan, job: str, after: After, script: Path, **facts: Any) -> None:
+        """Write down that a stage's job is in the queue."""
+        policies = {name: policy for name, (policy, _) in after.items()}
+        facts |= {"job": job, "after": policies, "dependency": dependencies_of(after), "script": str(script)}
+        self.log.append("stage_submitted", planned.name, **facts)
+
+    def submit(self, stages: list[StagePlan], there: Mapping[str, str]) -> Submitted:
+        """Submit every stage that is not in the queue yet."""
+        kept, place = self.begin(stages, there), place_of(self.run_dir)
         jobs: dict[str, str] = {}
-        new: list[str] = []
         try:
             for planned in stages:
-                kept = planned.name in active and not planned.forced
-                jobs[planned.name] = active[planned.name] if kept else self._submit(planned, jobs)
-                if not kept:
-                    new.append(planned.name)
-                wanted = needs(self.plan, planned).items()
-                after = {name: policy for name, policy in wanted if name in jobs}
-                facts = {"job": jobs[planned.name], "after": after, "kept": kept}
-                facts |= {"dependency": dependencies_of({name: (policy, jobs[name]) for name, policy in after.items()})}
-                script = str(place_of(self.run_dir).script(planned.name))
-                self.log.append("stage_submitted", planned.name, script=script, **facts)
+                name = planned.name
+                after = {one: (policy, jobs[one]) for one, policy in needs(self.plan, planned).items() if one in jobs}
+                jobs[name] = kept[name] if name in kept else send(self.plan, planned, place, after)
+                self.record(planned, jobs[name], after, place.script(name), kept=name in kept)
         except BaseException as error:
-            self._undo({name: jobs[name] for name in new}, error)
+            undo([self], {job for name, job in jobs.items() if name not in kept}, error)
             raise
         self._show_events()
-        return Submitted(self.run_dir, jobs, [name for name in jobs if name not in new])
+        return Submitted(self.run_dir, jobs, list(kept))
 
-    def _submit(self, planned: StagePlan, jobs: dict[str, str]) -> str:
-        place = place_of(self.run_dir)
-        script = place.script(planned.name)
-        script.parent.mkdir(parents=True, exist_ok=True)
-        write_text(script, script_text(self.plan, planned, place, Path.cwd()))
-        after = {name: (policy, jobs[name]) for name, policy in needs(self.plan, planned).items() if name in jobs}
-        try:
-            return sbatch(arguments(after, script))
-        except StageError as error:
-            problem = error.problems[0]
-            what = f"Slurm did not take the job of stage {planned.name}: {problem.what}"
-            fix = (
-                problem.fix
-                or f"correct the launcher's settings (launcher.stages.{planned.name}), then the same command"
-            )
-            raise StageError(what, problem.where, fix) from error
 
-    def _undo(self, jobs: dict[str, str], error: BaseException) -> None:
-        """Cancel what has been submitted, and end the run."""
-        why = "the submission of the run failed"
-        problems = []
-        try:
-            scancel(jobs.values())
-        except StageError as second:
-            problems = [
-                Problem(f"jobs {', '.join(jobs.values())} could not be cancelled: {second}", fix="scancel them")
-            ]
-        for name in jobs:
-            self.log.append("stage_cancelled", name, job=jobs[name], message=why)
-        self.log.append("run_finished", status="failed", exit=EXIT_FAILED, message=f"{why}: {error}")
-        if isinstance(error, StageError):
-            first = error.problems[0]
-            done = f"; the jobs submitted before it are cancelled ({', '.join(jobs.values())})" if jobs else ""
-            error.problems[:] = [Problem(f"{first.what}{'' if problems else done}", first.where, first.fix), *problems]
-            error.args = ("\n".join(map(str, error.problems)),)
+def send(plan: Plan, planned: StagePlan, place: Place, after: After) -> str:
+    """Write a stage's script and submit it; the job's id."""
+    script = place.script(planned.name)
+    script.parent.mkdir(parents=True, exist_ok=True)
+    write_text(script, script_text(plan, planned, place, Path.cwd()))
+    try:
+        return sbatch(arguments(after, script))
+    except StageError as error:
+        problem = error.problems[0]
+        what = f"Slurm did not take the job of stage {planned.name}: {problem.what}"
+        fix = problem.fix or f"correct launcher or launcher.stages.{planned.name}, then the same command"
+        raise StageError(what, problem.where, fix) from error
+
+
+def undo(submissions: Iterable[Submission], jobs: Collection[str], error: BaseException) -> None:
+    """Cancel the jobs that were submitted before an error, end the runs, and have the error say so."""
+    why = "the submission failed"
+    listed, problems = ", ".join(sorted(jobs)), []
+    try:
+        scancel(jobs)
+    except StageError as second:
+        problems = [Problem(f"jobs {listed} could not be cancelled: {second}", fix="scancel them")]
+    for one in submissions:
+        for name, entry in read_ledger(one.run_dir).left.items():
+            if entry.job is None or entry.job.partition("_")[0] in jobs:
+                one.log.append("stage_cancelled", name, job=entry.job, message=why)
+        # Jobs that were in the queue before go on; the last of them ends the run.
+        if not read_ledger(one.run_dir).left:
+            one.log.append("run_finished", status="failed", exit=EXIT_FAILED, message=f"{why}: {error}")
+    if isinstance(error, StageError):
+        first = error.problems[0]
+        done = f"; the jobs submitted before it are cancelled ({listed})" if jobs and not problems else ""
+        error.problems[:] = [Problem(f"{first.what}{done}", first.where, first.fix), *problems]
+        error.args = ("\n".join(map(str, error.problems)),)
 
 
 def told(submitted: Submitted) -> list[str]:
