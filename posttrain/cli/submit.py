@@ -39,6 +39,7 @@ def command(
     """
     from posttrain.cli.run import execute
     from posttrain.config.recipe import load_recipe
+    from posttrain.errors import RecipeError
     from posttrain.pipeline.plan import make_plan
 
     if multirun:
@@ -48,6 +49,9 @@ def command(
         given = with_launcher(overrides or [])
         return sweep(recipe, given, config_dir, selection, name, dry_run=dry_run, yes=yes, detach=True)
     resolved = load_recipe(recipe, with_launcher(overrides or []), config_dir=config_dir)
+    if resolved.frame.launcher.type != "slurm":
+        what = f"launcher={resolved.frame.launcher.name} starts no jobs, so there is nothing to submit"
+        raise RecipeError(what, "launcher", "leave it out for launcher=slurm, or use posttrain run")
 
     def make():
         return make_plan(resolved, from_, until, only, force or (), name=name)

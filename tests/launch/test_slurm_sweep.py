@@ -92,6 +92,17 @@ def test_what_one_point_has_in_the_queue_others_take_too(slurm):
     assert "--dependency=afterok:101" in slurm.named("sbatch")[3]
 
 
+def test_a_point_that_is_done_already_ends_at_once(slurm, job, reports):
+    plans = points(0.1)
+    send(plans)
+    for stage in ("source", "train", "evaluate"):
+        assert job(plans[0], stage) == 0
+    first, second = points(0.1, 0.2)
+    jobs = send([first, second])
+    assert jobs[0] == {} and set(jobs[1]) == {"train", "evaluate"}
+    assert first.run_dir.events()[-1]["status"] == "done" and second.run_dir.events()[-1]["event"] != "run_finished"
+
+
 def test_a_refused_array_ends_the_sweep(slurm):
     slurm.refuse("sbatch", after=1)
     plans = points(0.1, 0.2)

@@ -87,6 +87,7 @@ def test_everything_of_a_job_killed_by_memory_or_hand(site: Site, history) -> No
 
 def test_a_sweep_is_an_array(site: Site, history) -> None:
     settings = [f"stages.train.steps={STEPS}", "stages.train.pause=0.2", "launcher.signal_lead_s=30"]
+    settings.append("stages.source.rows=5")  # a source of its own, for all points to share
     rates = ["0.91", "0.92", "0.93"]
     swept = f"stages.train.lr={','.join(rates)}"
     said = site.posttrain("submit", "./toy.yaml", "-m", swept, *settings, "--name", "rates", "--yes").stdout
@@ -110,7 +111,7 @@ def test_a_sweep_is_an_array(site: Site, history) -> None:
 CHAIN = """
 defaults: [base, _self_]
 stages:
-  source: {type: toy_source}
+  source: {type: toy_source, rows: 7}
   train: {type: toy_train, inputs: {data: source.train}}
   more: {type: toy_train, inputs: {data: source.train, before: train.history}}
   evaluate: {type: toy_evaluate, inputs: {history: more.history, data: source.heldout}}

@@ -42,7 +42,8 @@ def follow(run: RunDir, display: Display) -> RunResult:
                 return RunResult(run, EXIT_INTERRUPTED, left)
             if interrupts.count and not state.stop_requested:
                 display.note("stopping: running stages save their state first (Ctrl-C again leaves at once)")
-                request(run)
+                EventLog(run.events_path).append("stop_requested", source="cancel", now=False)
+                _press_on(run, display, cancelled=True)
             elif time.monotonic() - asked > (PRESS_SECONDS if state.stop_requested else ASK_SECONDS):
                 asked = time.monotonic()
                 _press_on(run, display, cancelled=state.stop_requested)
@@ -53,7 +54,7 @@ def _press_on(run: RunDir, display: Display, *, cancelled: bool) -> None:
     try:
         if cancelled:
             press(run)
-        settle(run, lambda: frozen_plan(run))
+        settle(run, lambda: frozen_plan(run), patience=0.5)
     except StageError as error:
         display.note(f"Slurm does not answer ({error.problems[0].what}); asking again")
 
@@ -97,7 +98,7 @@ def cancel(run: RunDir, *, now: bool = False) -> Ledger:
     """Stop a submitted run and wait until it has; its ledger."""
     request(run, now=now)
     while True:
-        ledger = settle(run, lambda: frozen_plan(run))
+        ledger = settle(run, lambda: frozen_plan(run), patience=0.5)
         if ledger.finished or not ledger.left:
             return ledger
         time.sleep(1.0)

@@ -148,18 +148,21 @@ def cancel_descendants(run: RunDir, stage: str, message: str) -> list[str]:
     return names
 
 
-def settle(run: RunDir, plan: Callable[[], Plan], *, own_job: str | None = None) -> Ledger:
+def settle(
+    run: RunDir, plan: Callable[[], Plan], *, own_job: str | None = None, patience: float = SETTLE_PATIENCE
+) -> Ledger:
     """End a run of which nothing is left to come: its report and its last event, once, whoever asks; its ledger.
 
     A stage whose job is gone without a word of how it ended is given up here.
 
     Args:
         own_job: the job that this process is, which need not be asked for.
+        patience: seconds to wait for the run's lock; somebody who has it longer does what is to be done.
     """
     if (ledger := read_ledger(run)).finished or not ledger.slurm:
         return ledger
     try:
-        lock = Lock.acquire(run.lock_path, patience=SETTLE_PATIENCE)
+        lock = Lock.acquire(run.lock_path, patience=patience)
     except LockHeld:
         return ledger
     with lock:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import EXIT_DONE, EXIT_FAILED, Problem, RecipeError, StageError
+from posttrain.errors import EXIT_FAILED, Problem, RecipeError, StageError
 from posttrain.launch.slurm.commands import queued, sbatch, scancel
-from posttrain.launch.slurm.ledger import Ledger, dependencies_of, read_ledger
+from posttrain.launch.slurm.ledger import dependencies_of, read_ledger
 from posttrain.launch.slurm.script import Place, script_text
 from posttrain.pipeline.execution import Execution, RunResult, freeze
 from posttrain.pipeline.files import write_text
@@ -103,11 +103,9 @@ def submit(plan: Plan, display: Display) -> Submitted:
         raise RecipeError(what, str(run.path), "wait for it, or end it first: posttrain cancel") from error
     with lock:
         stages = to_submit(plan)
-        previous = read_ledger(run) if run.exists() else Ledger()
-        there = queued() if stages else {}
-        if not stages and not [job for job in previous.jobs.values() if job in queued()]:
+        if not stages:
             return Submitted(run, result=Execution(plan, run, display).run_all())
-        return Submission(plan, run, display).submit(stages, there)
+        return Submission(plan, run, display).submit(stages, queued())
 
 
 class Submission(StageRunner):
@@ -146,7 +144,6 @@ class Submission(StageRunner):
         except BaseException as error:
             undo([self], {job for name, job in jobs.items() if name not in kept}, error)
             raise
-        self._show_events()
         return Submitted(self.run_dir, jobs, list(kept))
 
 
@@ -197,8 +194,3 @@ def told(submitted: Submitted) -> list[str]:
         for name, job in submitted.jobs.items()
     ]
     return [f"run {run.name}: {len(submitted.jobs)} jobs", *lines, f"follow it with: posttrain status {run.name}"]
-
-
-def ended_well(submitted: Submitted) -> int:
-    """The exit code of a command that only submits."""
-    return submitted.result.exit_code if submitted.result is not None else EXIT_DONE

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from posttrain.errors import RecipeError
 from posttrain.launch.slurm.commands import queued
+from posttrain.launch.slurm.ledger import settle
 from posttrain.launch.slurm.script import Place
 from posttrain.launch.slurm.submit import After, Submission, needs, place_of, send, to_submit, undo
 from posttrain.pipeline.files import write_text
@@ -47,7 +48,11 @@ def submit_sweep(plans: Sequence[Plan], folder: Path, display: Display) -> list[
             except LockHeld as error:
                 what = f"run {plan.run_name} is executed by {error.owner or 'another process'}"
                 raise RecipeError(what, str(plan.run_dir.path), "wait for it, or end it first") from error
-        return _Sweep(plans, folder, display).submit()
+        jobs = _Sweep(plans, folder, display).submit()
+    for plan in plans:
+        # A point whose stages are all in the store has no job that would end its run.
+        settle(plan.run_dir, lambda plan=plan: plan, patience=5.0)
+    return jobs
 
 
 class _Sweep:
