@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of the recipe's sections: unknown keys are errors, values do not change once read."""
-
-    # Deferred: a section is built within the frame, and by itself only if somebody validates it alone.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True, defer_build=True
-    )
+from posttrain.config.launcher import Launcher
+from posttrain.config.section import Section
 
 
 class Run(Section):
@@ -62,13 +56,6 @@ class Engine(Section):
         if self.world_size > 1 and self.strategy == "single":
             raise ValueError(f"engine={self.name} works on one rank, not on {self.world_size}, e.g. engine=ddp")
         return self
-
-
-class Launcher(Section):
-    """What starts the stages' processes."""
-
-    name: str = Field("local", description="The option chosen from conf/launcher.")
-    type: Literal["local"] = Field("local", description="local: a child process of the command.")
 
 
 class Tracker(Section):
