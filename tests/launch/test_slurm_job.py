@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from fake_slurm import FakeSlurm
-from test_slurm_submit import SLURM, kinds, plan, recipe, slurm
+from submitted_runs import SLURM, kinds, plan, recipe, submitted
 from toy_stages import ToyTrainConfig
 
 from posttrain.launch.signals import Interrupts
@@ -22,38 +21,6 @@ from posttrain.launch.slurm.stage_job import requeues_without_progress
 from posttrain.launch.slurm.submit import submit
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.stage_runner import Quiet
-
-__all__ = ["slurm"]
-
-
-@pytest.fixture
-def job(slurm, monkeypatch):
-    """Runs a stage as its job would, in this process; the fake queue is told how it ended."""
-
-    def run(made, stage, restarts=0, act=None, **options):
-        number = [event["job"] for event in made.run_dir.events() if event["event"] == "stage_submitted"]
-        names = [event["stage"] for event in made.run_dir.events() if event["event"] == "stage_submitted"]
-        own = dict(zip(names, number, strict=True))[stage]
-        if "_" not in own:
-            monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
-        monkeypatch.setenv("SLURM_JOB_ID", own)
-        monkeypatch.setenv("SLURMD_NODENAME", "n7")
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
-        slurm.set(own, "RUNNING")
-        if act is not None:
-            threading.Thread(target=act, daemon=True).start()
-        with Interrupts() as interrupts:
-            code = stage_job.main(made.run_dir.path, stage, interrupts, **options)
-        slurm.set(own, {0: "COMPLETED", 75: "PENDING"}.get(code, "FAILED"))
-        return code
-
-    return run
-
-
-def submitted(**settings):
-    made = plan(**settings)
-    submit(made, Quiet())
-    return made
 
 
 def when(made, event, act):
@@ -154,6 +121,23 @@ def test_what_a_process_that_was_killed_could_not_say(job):
     (failed,) = [event for event in made.run_dir.events() if event["event"] == "stage_failed"]
     assert "code 137" in failed["message"] and "memory" in failed["message"]
     assert made.run_dir.events()[-1]["status"] == "failed"
+
+
+def test_a_job_that_nobody_waits_for_does_nothing(job, slurm, capsys):
+    made = submitted(fail="known")
+    job(made, "source")
+    assert job(made, "train") == 1
+    before = len(made.run_dir.events())
+    assert job(made, "train", restarts=1) == 130, "its stage has failed, and somebody has requeued it"
+    submit(plan(fail="known"), Quiet())
+    slurm.set("102", "RUNNING")
+    monkey = {"SLURM_JOB_ID": "102", "SLURM_RESTART_COUNT": "1"}
+    with pytest.MonkeyPatch.context() as patch, Interrupts() as interrupts:
+        for name, value in monkey.items():
+            patch.setenv(name, value)
+        assert stage_job.main(made.run_dir.path, "train", interrupts) == 130
+    assert "waits for nothing from job 102 (train)" in capsys.readouterr().out
+    assert not any(event.get("restarts") for event in made.run_dir.events()[before:])
 
 
 def test_force_is_for_the_first_attempt_alone(job):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_slurm import FakeSlurm
-from toy_stages import ToyEvaluateConfig, ToyTrainConfig, toy_recipe
+from submitted_runs import SLURM, kinds, plan, recipe
+from toy_stages import ToyTrainConfig
 
 from posttrain.cli import cancel
 from posttrain.cli.run import execute
@@ -26,35 +24,9 @@ from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.stage_runner import Quiet
 
-SLURM = {"launcher": {"name": "slurm", "type": "slurm"}, "run": {"name": "mine"}}
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch) -> FakeSlurm:
-    fake = FakeSlurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", f"{fake.bin}{os.pathsep}{os.environ['PATH']}")
-    return fake
-
-
-def recipe(**settings):
-    """The toy recipe, with a source that is a stage like others: it is read again from its file."""
-    resolved = toy_recipe(inputs={"data": "source.train"}, **settings)
-    evaluate = ToyEvaluateConfig(inputs={"history": "train.history", "data": "source.heldout"})
-    stages = {"source": resolved.stages["data"], **resolved.stages, "evaluate": evaluate}
-    return replace(resolved, stages={name: cfg for name, cfg in stages.items() if name != "data"})
-
-
-def plan(launcher=None, **settings):
-    frame = {**SLURM, "launcher": {**SLURM["launcher"], **(launcher or {})}}
-    return make_plan(recipe(frame=frame, **settings))
-
 
 def script(made, stage: str) -> str:
     return (made.run_dir.path / "slurm" / f"{stage}.sh").read_text()
-
-
-def kinds(run):
-    return [(event["event"], event["stage"]) for event in run.events()]
 
 
 def test_every_stage_is_submitted_after_those_it_needs(slurm):

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 from fake_slurm import FakeSlurm
-from test_slurm_job import job
-from test_slurm_submit import recipe, slurm
+from submitted_runs import recipe
 
 from posttrain.errors import StageError
 from posttrain.launch.slurm.ledger import read_ledger
 from posttrain.launch.slurm.sweep import count_of, submit_sweep
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.stage_runner import Quiet
-
-__all__ = ["job", "slurm"]
 
 
 def points(*rates, **launcher):

@@ -152,8 +152,7 @@ def test_twenty_disturbances_in_one_pipeline(site: Site, daemons: Daemons) -> No
     end = time.monotonic() + 200
     while run.events()[-1].get("status") != "done":
         assert time.monotonic() < end, run.account()
-        last = run.events()[-1]
-        if last["event"] == "run_finished":
+        if run.events()[-1]["event"] == "run_finished":
             site.posttrain("resume", "shaken")
         time.sleep(0.5)
     for stage in ("source", "train", "more", "evaluate"):

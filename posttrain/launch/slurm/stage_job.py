@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, PosttrainError, StageError
+from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, StageError
 from posttrain.launch.job import CLAIM, OUTCOME, Job
 from posttrain.launch.signals import Interrupts
 from posttrain.launch.slurm.ledger import (
@@ -140,17 +140,26 @@ def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = Fals
     log = EventLog(run.events_path)
     await_submission(run)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    ledger = read_ledger(run)
+    entry = ledger.entries.get(stage)
+    if entry is not None and entry.job == this_job() and entry.status == "done":
+        # Its node failed after the stage was done and before Slurm knew: what comes after it still waits for this job.
+        settle(run, lambda: frozen_plan(run), own_job=this_job())
+        return EXIT_DONE
+    if entry is None or entry.job != this_job() or entry.over:
+        # Such as a job that failed, whose stage was submitted anew, and that somebody has requeued.
+        print(f"posttrain: run {run.name} waits for nothing from job {this_job()} ({stage})", flush=True)
+        return EXIT_INTERRUPTED
     try:
         if died is not None:
             raise StageError(f"posttrain itself ended with code {died} in job {this_job()}: {_cause(died)}")
         if restarts:
             log.append("stage_requeued", stage, job=this_job(), restarts=restarts, node=this_node())
         plan = _plan(run, stage)
-        planned = plan[stage]
-        planned.forced = force and not restarts
+        plan[stage].forced = force and not restarts
         runner = StageJob(plan, run, stage, interrupts, restarts)
-        ledger = read_ledger(run)
-        if ledger.cancelled or ledger.finished:
+        # Asked once the runner listens for it.
+        if read_ledger(run).cancelled:
             log.append("stage_stopped", stage, job=this_job(), message="the run was stopped before it began")
             status = "cancelled"
         else:
@@ -158,7 +167,7 @@ def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = Fals
             status, message = runner.run()
             if status == "stopped" and runner.cancelled:
                 status = "cancelled"
-    except (PosttrainError, Exception) as error:
+    except Exception as error:
         status, message = "failed", f"stage {stage} failed\n{failure_text(error)}"
         log.append("stage_failed", stage, message=message, job=this_job())
     if status == "failed":
