@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from posttrain.config.deepspeed import forbidden
+
 
 class Section(BaseModel):
     """Base of the recipe's sections: unknown keys are errors, values do not change once read."""
@@ -40,20 +42,34 @@ class Engine(Section):
 
     name: str = Field("auto", description="The option chosen from conf/engine.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when a device is there, else cpu.")
-    strategy: Literal["single", "ddp"] = Field(
+    strategy: Literal["single", "ddp", "zero2", "zero3", "fsdp2"] = Field(
         "single",
-        description="How training stages use several ranks. single: one rank. ddp: every rank has the whole model and "
-        "its share of each step's sequences.",
+        description="How training stages use several ranks, each with its share of each step's sequences. single: one "
+        "rank. ddp: every rank has the whole model. zero2 (DeepSpeed): gradients and AdamW's moments in shards. zero3 "
+        "(DeepSpeed), fsdp2 (torch): weights in shards as well.",
     )
     ranks: int = Field(
         1, ge=1, le=1024, description="Processes of a training stage on one machine, one for each GPU: engine=ddp."
     )
     nodes: int = Field(1, ge=1, le=1, description="Machines; one until several are supported.")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Laid over the DeepSpeed configuration of zero2 and zero3, which `posttrain show RECIPE "
+        "engine=zero2` prints.",
+    )
 
     @model_validator(mode="after")
     def _ranks_need_a_strategy(self) -> Self:
         if self.ranks > 1 and self.strategy == "single":
             raise ValueError(f"engine={self.name} works on one rank, not on {self.ranks}, e.g. engine=ddp")
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_keeps_promises(self) -> Self:
+        if self.deepspeed and not self.strategy.startswith("zero"):
+            raise ValueError(f"deepspeed is for engine=zero2 and engine=zero3, not for engine={self.name}")
+        if problems := forbidden(self.deepspeed):
+            raise ValueError("; ".join(problems))
         return self
 
 

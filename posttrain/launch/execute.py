@@ -27,6 +27,7 @@ from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.stage import ArtifactMeta, Stage
 from posttrain.pipeline.store import Artifact, damage, publish, seal, sealed
+from posttrain.training.sharding import SHARDED
 
 VERSIONED = ("posttrain", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 STRUCTURE = (
@@ -66,7 +67,7 @@ def execute_job(job: Job, work_dir: Path, lock: Lock | None = None) -> Artifact:
     clear_leftovers(work_dir)
     check_external(stage, job, work_dir)
     check_inputs(job)
-    if job.ranks > 1:
+    if job.ranks > 1 or strategy_of(job) in SHARDED:
         from posttrain.launch.ranks import run_ranks
 
         computed = Computed.from_json(run_ranks(job, work_dir))
@@ -194,11 +195,18 @@ def make_context(job: Job, work_dir: Path, device: str, **ranks: Any) -> StageCo
         inputs,
         job.seed,
         device,
+        strategy=strategy_of(job),
+        deepspeed=job.environment.get("deepspeed", {}),
         tracker=job.tracker,
         emit=emit,
         profile=_profile(job),
         **{"abandon": partial(give_up, work_dir), **ranks},
     )
+
+
+def strategy_of(job: Job) -> str:
+    """How the ranks of the job share a model; a stage that works on one rank alone has all of it."""
+    return job.environment.get("strategy", "single") if registry.stage(job.type).parallel else "single"
 
 
 def give_up(work_dir: Path, error: Exception) -> NoReturn:

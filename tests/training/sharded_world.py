@@ -93,7 +93,7 @@ def trainer_alone(
     from safetensors.torch import save_file
 
     if method == "rows":
-        from training_world import ROWS, LENGTH, Rows, RowsConfig, RowsTrainer, make_mixed, stack
+        from training_world import LENGTH, ROWS, Rows, RowsConfig, RowsTrainer, make_mixed, stack
 
         from posttrain.pipeline.context import StageContext
 

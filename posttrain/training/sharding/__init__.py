@@ -1,6 +1,6 @@
 """How the ranks of a stage hold the model that they train: whole on each, or in shards.
 
-`make_sharding` gives the strategy of a context (`engine.strategy` of the recipe). Everything a trainer needs of it is in
+`make_sharding` gives the strategy of a context (`engine.strategy` of the recipe). What a trainer needs of it is
 `base.Sharding`; torch and DeepSpeed are imported by the strategies alone.
 """
 

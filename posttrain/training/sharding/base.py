@@ -109,7 +109,7 @@ class Sharding:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Inside, parameters are whole on every rank, for reading outside the forward pass. All ranks enter together."""
+        """Inside, parameters are whole on every rank, to be read outside the forward pass. Ranks enter together."""
         raise NotImplementedError
 
     def whole(self, parameter: nn.Parameter) -> Tensor:

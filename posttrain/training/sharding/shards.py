@@ -29,7 +29,9 @@ def shard_name(rank: int) -> str:
     return f"shard_{rank:04d}"
 
 
-def write_shard(folder: Path, pieces: Sequence[Piece], *, rank: int, world_size: int, strategy: str, steps: int) -> None:
+def write_shard(
+    folder: Path, pieces: Sequence[Piece], *, rank: int, world_size: int, strategy: str, steps: int
+) -> None:
     """Write what this rank owns."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

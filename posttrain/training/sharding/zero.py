@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from posttrain.config.deepspeed import deepspeed_config
 from posttrain.errors import StageError
 from posttrain.pipeline.context import StageContext
 from posttrain.training.sharding.base import MOMENTS, Piece, Sharding, StepLoss
-from posttrain.training.sharding.zero_config import deepspeed_config
 from posttrain.training.speed import decoder_layers
 
 
@@ -153,6 +154,8 @@ def import_deepspeed(device: str) -> Any:
         what = f"engines zero2 and zero3 need DeepSpeed, which cannot be imported: {error}"
         raise StageError(what, "engine", "pip install deepspeed, or engine=fsdp2") from error
     deepspeed.utils.logger.setLevel("WARNING")
+    # It calls collectives by names that torch 2.13 tells of at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if device == "cpu":
         # Else a C++ extension is compiled at the start; gloo does what it does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
