@@ -325,7 +325,7 @@ def make_manifest(
         "outputs": {name: {"type": stage.outputs[name], "meta": metas[name].to_json()} for name in stage.outputs},
         "metrics": {"result": _plain(computed.result), "timing": _plain(computed.timing)},
         "estimate": job.estimate,
-        "versions": _versions(),
+        "versions": _versions(strategy_of(job)),
         "git": code.entry | ({} if source_code().entry == code.entry else {"changed_meanwhile": True}),
         "host": computed.host,
         "engine": {**job.environment, "device": computed.device, "ranks": job.ranks, "threads": computed.threads},
@@ -347,11 +347,11 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _versions() -> dict[str, str]:
+def _versions(strategy: str) -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in VERSIONED:
+    for name in (*VERSIONED, *(["deepspeed"] if strategy.startswith("zero") else [])):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -176,6 +176,10 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     def saves_at(self, step: int) -> bool:
         return step % self.config.steps_per_rollout == 0
 
+    def draws(self) -> str | None:
+        ours = self.rollout is not None
+        return super().draws() if ours else "completions are drawn from random numbers of each rank (rollout)"
+
     def stage_state(self) -> dict[str, Any]:
         return {"rails": self.rails.state()}
 

@@ -29,6 +29,7 @@ from posttrain.training.estimate import ActivationPlan, activation_plan
 from posttrain.training.graphed import GraphedMicroStep
 from posttrain.training.meter import LAG, Meter
 from posttrain.training.sharding import make_sharding
+from posttrain.training.sharding.layout import require_readable, write_layout
 from posttrain.training.sharding.trainer import ShardedTrainer
 from posttrain.training.watchdog import Watchdog
 
@@ -126,6 +127,7 @@ class StageTrainer(ShardedTrainer):
         if self.ctx.should_stop():
             self.ctx.stop(checkpoints.step_of(newest) if newest else 0)
         if newest is not None:
+            require_readable(newest, self.ctx, self.draws())
             log.warning("going on from step %d", checkpoints.step_of(newest))
         self._step_loss = 0.0
         self._parts.clear()
@@ -146,6 +148,10 @@ class StageTrainer(ShardedTrainer):
     def saves_at(self, step: int) -> bool:
         """Whether the state after that optimiser step is all that a resumed run needs."""
         return True
+
+    def draws(self) -> str | None:
+        """What training draws from random numbers of each rank, so that other ranks would draw others; or None."""
+        return "dropout draws random numbers on every rank" if speed.draws_random(self.model) else None
 
     def stage_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights, optimiser and random numbers; JSON-able, the same on every rank."""
@@ -174,6 +180,12 @@ class StageTrainer(ShardedTrainer):
         """Whether layers are compiled on this machine."""
         on_gpu = self.args.device.type == "cuda"
         wanted = self.config.compiles(on_gpu)
+        if wanted and self.sharding is not None and not self.sharding.compiles:
+            if self.config.compile != "auto":
+                where = f"stages.{self.ctx.name}.compile"
+                what = f"layers are not compiled with engine {self.sharding.name}, which swaps their weights"
+                raise StageError(what, where=where, fix=f"{where}=auto, or engine=fsdp2")
+            return False
         return wanted and (self.config.compile != "auto" or speed.can_compile())
 
     @property
@@ -372,6 +384,8 @@ class StageTrainer(ShardedTrainer):
         self.ctx.first_does(lambda: str(checkpoints.begin(folder, step)))
         try:
             super()._save_checkpoint(model, trial)
+            if self.ctx.rank == 0:
+                write_layout(checkpoints.checkpoint_path(folder, step), self.ctx)
             if self.ctx.rank == 0 and (state := self.stage_state()):
                 write_json(checkpoints.checkpoint_path(folder, step) / STAGE_STATE, state)
         except BaseException:

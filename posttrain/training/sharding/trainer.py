@@ -136,3 +136,6 @@ class ShardedTrainer(Trainer):
         self.sharding.make_moments(Shards(Path(checkpoint)).steps)
         read_moments(Path(checkpoint), self.sharding.pieces())
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        # The state of an optimiser as torch saves it would hold its rates; the scheduler sets the next one only.
+        for group, rate in zip(self.sharding.scheduled.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
