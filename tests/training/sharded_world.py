@@ -12,11 +12,10 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1]
 FOLDERS = ("training", "methods/distillation", "methods/sft", "methods/preference")
+# The worlds of single methods, whose folders pytest adds only with the tests in them.
+sys.path += [str(TESTS / name) for name in FOLDERS if str(TESTS / name) not in sys.path]
+
 METHODS = ("rows", "distill", "sft", "preference", "grpo")
-
-
-class Killed(Exception):
-    """Stands for the end of a process between two steps."""
 
 
 def make_worlds(root: Path) -> None:
@@ -98,10 +97,12 @@ def trainer_alone(
         from posttrain.pipeline.context import StageContext
 
         settings = {"max_steps": 4, "micro_batch_size": 1, "lr": 1e-3, "save_seconds": 0, "adam_epsilon": 1e-4}
+        spoil = changes.pop("spoil", None)
         cfg = RowsConfig(**{**settings, **changes})
         ctx = StageContext("rows", cfg, work, seed=3, device="cpu", **ranks)
         options = {"tokens_per_step": ROWS * LENGTH, "whole_rows": True}
         trainer = RowsTrainer(ctx, cfg, make_mixed(), Rows(cfg.max_steps * ROWS), stack, **options)
+        trainer.spoil = spoil
     else:
         from policy_world import make_trainer
 
@@ -164,7 +165,7 @@ def run_jobs(world_size: int, jobs: dict[str, dict[str, Any]], folder: Path) -> 
     file = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
     code = f"from pathlib import Path; import sharded_world as w; w.of_rank(RANK, {world_size}, Path({str(file)!r}))"
-    paths = os.pathsep.join([str(TESTS), *(str(TESTS / name) for name in FOLDERS), *sys.path])
+    paths = os.pathsep.join([str(TESTS), str(TESTS / FOLDERS[0]), *sys.path])
     shared = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size)}
     port = str(20000 + (os.getpid() * 7 + len(list(folder.glob("jobs-*")))) % 20000)
     processes = [

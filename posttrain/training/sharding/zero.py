@@ -49,6 +49,8 @@ class Zero(Sharding):
         for parameter in outer.parameters():
             if id(parameter) not in inside:
                 self.deepspeed.zero.register_external_parameter(outer, parameter)
+        # With frozen embeddings the first layer's inputs would have no gradient, by which ZeRO tells its end.
+        outer.model.get_input_embeddings().register_forward_hook(_with_gradient)
 
     @property
     def scheduled(self) -> torch.optim.Optimizer:
@@ -73,9 +75,21 @@ class Zero(Sharding):
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        parameters = list(self.outer.parameters()) if self.stage == 3 else []
-        with self.deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
+        if self.stage == 2:
             yield
+            return
+        # Without its hooks, which would take each module's weights away when the module has been called.
+        offload, parameters = self.zero.parameter_offload, list(self.outer.parameters())
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.clear()
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            with self.deepspeed.zero.GatheredParameters(parameters):
+                yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         if self.stage == 2:
@@ -123,6 +137,11 @@ class Zero(Sharding):
         for flat in self._flat():
             counted = torch.tensor(float(steps), device=flat.device)
             self.adamw.state[flat] = {"step": counted, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+
+
+def _with_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
 
 
 class Stepper:

@@ -1,0 +1,177 @@
+"""Engines zero2, zero3 and fsdp2 on one and two gloo ranks: one rank's numbers, and resumed runs that are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sharded_world import METHODS, make_worlds, run_jobs, train
+
+from posttrain.training import checkpoints
+from posttrain.training.sharding import SHARDED
+
+TOLERANCE = 1e-5
+"""Relative: sums over ranks are rounded in another order than sums over micro-batches."""
+
+LOWEST = {"grpo": 1e-6}
+"""Absolute, where the loss of a step is a sum of ones that cancel."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("preference", {"lora": {"r": 4, "alpha": 8.0}, "lr": 1e-2}),
+    "mixers": ("distill", {"trainable": "mixers"}),
+    "recomputed": ("distill", {"gradient_checkpointing": True, "teacher_sharding": "sharded"}),
+    "unclipped": ("rows", {"max_grad_norm": 0.0, "weight_decay": 0.1}),
+    "reused": ("grpo", {"num_iterations": 2, "beta": 0.1, "lora": {"r": 4, "alpha": 8.0}}),
+}
+"""What reads weights, gradients or moments in another way."""
+
+EVERYTHING = {**{method: (method, {}) for method in METHODS}, **VARIANTS}
+
+
+def job(method: str, strategy: str, root: Path, work: str, **changes: Any) -> dict[str, Any]:
+    return {"method": method, "strategy": strategy, "root": str(root), "work": str(root / work / strategy), **changes}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    make_worlds(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> dict[str, dict[str, Any]]:
+    """One rank with the whole model, in this process."""
+    found = {}
+    for name, (method, changes) in EVERYTHING.items():
+        torch.manual_seed(0)
+        found[name] = train(method, root, root / "alone" / name, {}, **changes)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(root: Path) -> dict[str, Any]:
+    """Every engine on one rank: a whole run, and one that ends after its second step."""
+    jobs = {}
+    for strategy in SHARDED:
+        jobs[f"{strategy} whole"] = job("rows", strategy, root, "one_whole")
+        jobs[f"{strategy} cut"] = job("rows", strategy, root, "one_cut", stop_after=2)
+    return run_jobs(1, jobs, root)[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(root: Path, one_rank: dict[str, Any]) -> dict[str, Any]:
+    """Every engine on two ranks: whole runs, one that is cut and goes on, and runs that go on from others."""
+    jobs = {}
+    for strategy in SHARDED:
+        for name, (method, changes) in EVERYTHING.items():
+            jobs[f"{strategy} {name}"] = job(method, strategy, root, f"two_{name}", **changes)
+        jobs[f"{strategy} cut"] = job("rows", strategy, root, "two_cut", stop_after=2)
+        jobs[f"{strategy} resumed"] = job("rows", strategy, root, "two_cut")
+        jobs[f"{strategy} left"] = job("rows", strategy, root, "two_left", stop_after=2)
+        jobs[f"{strategy} from one"] = job("rows", strategy, root, "one_cut")
+        jobs[f"{strategy} spoilt"] = job("rows", strategy, root, "spoilt", spoil=[3, float("nan")], save_every=1)
+    # An engine reads what another wrote in shards, and none what was written whole.
+    jobs["other cut"] = job("rows", "zero3", root, "other", stop_after=2)
+    jobs["other resumed"] = {**job("rows", "fsdp2", root, "other"), "work": jobs["other cut"]["work"]}
+    jobs["ddp cut"] = job("rows", "ddp", root, "ddp", stop_after=2)
+    jobs["zero2 on ddp"] = {**job("rows", "zero2", root, "ddp"), "work": jobs["ddp cut"]["work"]}
+    jobs["ddp on zero2"] = {**job("rows", "ddp", root, ""), "work": jobs["zero2 left"]["work"]}
+    return run_jobs(2, jobs, root)[0]
+
+
+@pytest.fixture(scope="module")
+def back_on_one(root: Path, two_ranks: dict[str, Any]) -> dict[str, Any]:
+    """What two ranks left, gone on with by one."""
+    return run_jobs(1, {strategy: job("rows", strategy, root, "two_left") for strategy in SHARDED}, root)[0]
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any], method: str = "rows") -> None:
+    assert len(found["history"]) == len(expected["history"]) == 4
+    for row, whole in zip(found["history"], expected["history"], strict=True):
+        assert row.keys() == whole.keys()
+        for name, value in whole.items():
+            near = pytest.approx(value, rel=TOLERANCE, abs=LOWEST.get(method, 1e-7))
+            assert row[name] == near, (whole["step"], name)
+    one, other = weights(found), weights(expected)
+    assert one.keys() == other.keys()
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 2e-6
+
+
+def weights(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(Path(found["model"]) / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_two_ranks_are_one(strategy: str, name: str, two_ranks: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert_close(two_ranks[f"{strategy} {name}"], alone[name], EVERYTHING[name][0])
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_one_rank_is_one(strategy: str, one_rank: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert_close(one_rank[f"{strategy} whole"], alone["rows"])
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_interrupted_and_resumed_is_uninterrupted(strategy: str, two_ranks: dict[str, Any]) -> None:
+    whole, resumed = two_ranks[f"{strategy} rows"], two_ranks[f"{strategy} resumed"]
+    assert two_ranks[f"{strategy} cut"] == {"stopped": 2}
+    assert resumed["history"] == whole["history"]
+    one, other = weights(resumed), weights(whole)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_another_number_of_ranks_goes_on(
+    strategy: str, two_ranks: dict[str, Any], back_on_one: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    assert two_ranks[f"{strategy} left"] == {"stopped": 2}
+    assert_close(two_ranks[f"{strategy} from one"], alone["rows"])
+    assert_close(back_on_one[strategy], alone["rows"])
+
+
+def test_an_engine_goes_on_from_anothers_shards(two_ranks: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert two_ranks["other cut"] == {"stopped": 2}
+    assert_close(two_ranks["other resumed"], alone["rows"])
+
+
+def test_whole_and_sharded_checkpoints_are_not_mistaken(two_ranks: dict[str, Any]) -> None:
+    sharded, whole = two_ranks["zero2 on ddp"]["error"], two_ranks["ddp on zero2"]["error"]
+    assert "step 2 was written with the whole model on every rank (strategy ddp)" in sharded
+    assert "engine=auto or engine=ddp" in sharded
+    assert "step 2 was written in shards (strategy zero2)" in whole and "go on with engine=zero2 or" in whole
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_no_checkpoint_of_a_nan(strategy: str, root: Path, two_ranks: dict[str, Any]) -> None:
+    said = two_ranks[f"{strategy} spoilt"]["error"]
+    assert "is nan at step 3" in said and "checkpoint of step 2 is kept" in said
+    kept = checkpoints.checkpoints(root / "spoilt" / strategy / "checkpoints")
+    assert [checkpoints.step_of(one) for one in kept] == [2, 1]
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_shard_that_is_missing_is_not_made_up(
+    strategy: str, root: Path, two_ranks: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = checkpoints.checkpoint_path(root / "two_cut" / strategy / "checkpoints", 2)
+    (folder / "shard_0001.safetensors").rename(tmp_path / "shard")
+    try:
+        assert "shard_0001.safetensors is missing" in str(checkpoints.find_problem(folder))
+    finally:
+        (tmp_path / "shard").rename(folder / "shard_0001.safetensors")
+
+
+@pytest.mark.parametrize("method", ["distill", "sft", "preference"])
+def test_what_is_saved_is_an_ordinary_model(method: str, two_ranks: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = two_ranks[f"fsdp2 {method}"]["model"]
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    logits = model(input_ids=torch.arange(8)[None]).logits
+    assert torch.isfinite(logits).all() and logits.shape == (1, 8, model.config.vocab_size)
