@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def of_rank(rank: int, world_size: int, jobs: Path) -> None:
     found: dict[str, Any] = {}
     for name, job in json.loads(jobs.read_text()).items():
         torch.manual_seed(0)
+        began = time.monotonic()
         ranks = context_of(job.pop("strategy"), rank, world_size)
         paths = {key: Path(job.pop(key)) for key in ("root", "work")}
         try:
@@ -156,6 +158,7 @@ def of_rank(rank: int, world_size: int, jobs: Path) -> None:
         except Exception:
             traceback.print_exc()
             os._exit(1)
+        found[name]["seconds"] = time.monotonic() - began
     jobs.with_suffix(f".{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
