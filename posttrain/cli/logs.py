@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 if TYPE_CHECKING:
     from posttrain.pipeline.run_dir import RunDir
 
+ACTIVITY_SECONDS = 1.0
+
 
 def command(
     run: Annotated[str | None, typer.Argument(help="Run name or its beginning; the newest run when omitted.")] = None,
     stage: Annotated[str | None, typer.Argument(help="A stage; the one that was active last when omitted.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows, until the run ends.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="Go on as the log grows, then with later attempts and stages, to the end."),
+    ] = False,
     attempt: Annotated[int | None, typer.Option(metavar="N", help="An earlier attempt; the last when omitted.")] = None,
     outputs: Annotated[Path, typer.Option(metavar="DIR", help="The outputs folder.")] = Path("outputs"),
 ) -> None:
@@ -25,7 +31,13 @@ def command(
 
     found = find_run(run, outputs)
     path = log_of(found, stage, attempt)
-    print_log(path, found, follow)
+    if not follow:
+        print_log(path)
+        return
+    try:
+        follow_log(found, path, lambda: log_of(found, stage, attempt))
+    except KeyboardInterrupt:
+        typer.echo()
 
 
 def log_of(run: RunDir, stage: str | None, attempt: int | None) -> Path:
@@ -54,16 +66,35 @@ def log_of(run: RunDir, stage: str | None, attempt: int | None) -> Path:
     return path
 
 
-def print_log(path: Path, run: RunDir, follow: bool) -> None:
-    """Copy a log to stdout; with `follow`, until the run is executed by nobody."""
-    from posttrain.pipeline.lock import held
-
+def print_log(path: Path) -> None:
+    """Copy a log to stdout."""
     with path.open("r", encoding="utf-8", errors="replace") as file:
-        while True:
-            alive = follow and held(run.lock_path)
-            while chunk := file.read(1 << 16):
-                sys.stdout.write(chunk)
-            sys.stdout.flush()
-            if not alive:
-                return
-            time.sleep(0.2)
+        _copy(file)
+
+
+def follow_log(run: RunDir, path: Path, newest: Callable[[], Path]) -> None:
+    """Copy a log to stdout as it grows, then the log that `newest()` names, until nobody works on the run."""
+    from posttrain.pipeline.activity import activity_of
+
+    while True:
+        with path.open("r", encoding="utf-8", errors="replace") as file:
+            asked = float("-inf")
+            while True:
+                # Both asked before the copy, so that what was written by then is copied.
+                if time.monotonic() - asked > ACTIVITY_SECONDS:
+                    alive, asked = activity_of(run).alive, time.monotonic()
+                then = newest()
+                _copy(file)
+                if then != path or not alive:
+                    break
+                time.sleep(0.2)
+        if then == path:
+            return
+        path = then
+        sys.stdout.write(f"\n==> {path.parent.name}, {path.stem.replace('_', ' ')} <==\n")
+
+
+def _copy(file: TextIO) -> None:
+    while chunk := file.read(1 << 16):
+        sys.stdout.write(chunk)
+    sys.stdout.flush()

@@ -51,17 +51,24 @@ class Engine(Section):
     ranks: int = Field(
         1, ge=1, le=1024, description="Processes of a training stage on one machine, one for each GPU: engine=ddp."
     )
-    nodes: int = Field(1, ge=1, le=1, description="Machines; one until several are supported.")
+    nodes: int = Field(
+        1, ge=1, le=1024, description="Machines of a training stage, each with `ranks` ranks: launcher=slurm."
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
         description="Laid over the DeepSpeed configuration of zero2 and zero3, which `posttrain show RECIPE "
         "engine=zero2` prints.",
     )
 
+    @property
+    def world_size(self) -> int:
+        """Ranks of a training stage on all machines together."""
+        return self.ranks * self.nodes
+
     @model_validator(mode="after")
     def _ranks_need_a_strategy(self) -> Self:
-        if self.ranks > 1 and self.strategy == "single":
-            raise ValueError(f"engine={self.name} works on one rank, not on {self.ranks}, e.g. engine=ddp")
+        if self.world_size > 1 and self.strategy == "single":
+            raise ValueError(f"engine={self.name} works on one rank, not on {self.world_size}, e.g. engine=ddp")
         return self
 
     @model_validator(mode="after")

@@ -67,7 +67,7 @@ def execute_job(job: Job, work_dir: Path, lock: Lock | None = None) -> Artifact:
     clear_leftovers(work_dir)
     check_external(stage, job, work_dir)
     check_inputs(job)
-    if job.ranks > 1 or strategy_of(job) in SHARDED:
+    if job.world_size > 1 or strategy_of(job) in SHARDED:
         from posttrain.launch.ranks import run_ranks
 
         computed = Computed.from_json(run_ranks(job, work_dir))
@@ -328,7 +328,13 @@ def make_manifest(
         "versions": _versions(strategy_of(job)),
         "git": code.entry | ({} if source_code().entry == code.entry else {"changed_meanwhile": True}),
         "host": computed.host,
-        "engine": {**job.environment, "device": computed.device, "ranks": job.ranks, "threads": computed.threads},
+        "engine": {
+            **job.environment,
+            "device": computed.device,
+            "ranks": job.ranks,
+            "nodes": job.nodes,
+            "threads": computed.threads,
+        },
         "started": started,
         "finished": finished,
         "seconds": finished - started,

@@ -26,6 +26,7 @@ class Job:
         predicted: output name to the planned meta; estimate: the planned `Estimate`.
         target: absolute folder of the artifact to be.
         events, log: absolute paths in the run's folder; log is None when the launcher keeps it.
+        ranks, nodes: ranks on each machine, and machines.
         attended: a runner waits for the worker and holds its pipe.
         tracker: the recipe's tracker section and `dir`, see `StageContext.tracker`; None without one.
         debug: the recipe's debug section.
@@ -47,6 +48,7 @@ class Job:
     events: str
     device: str = "auto"
     ranks: int = 1
+    nodes: int = 1
     attempt: int = 1
     log: str | None = None
     attended: bool = True
@@ -55,6 +57,11 @@ class Job:
     profile: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all machines together."""
+        return self.ranks * self.nodes
 
     def write(self, work_dir: Path) -> None:
         work_dir.mkdir(parents=True, exist_ok=True)

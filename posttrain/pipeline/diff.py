@@ -153,7 +153,7 @@ def _machine(old: Json, new: Json) -> Iterator[str]:
     if commits[0] != commits[1]:
         yield f"commit {_short(commits[0])} → {_short(commits[1])}"
     yield from lines("host", ["name", "gpu", "cpu"])
-    yield from lines("engine", ["device", "ranks", "strategy"])
+    yield from lines("engine", ["device", "ranks", "nodes", "strategy"])
 
 
 def _short(commit: str | None) -> str:

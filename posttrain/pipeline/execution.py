@@ -312,6 +312,7 @@ class Execution:
             events=str(self.run_dir.events_path),
             device=engine.device,
             ranks=engine.ranks if planned.stage.parallel else 1,
+            nodes=engine.nodes if planned.stage.parallel else 1,
             attempt=attempt,
             log=None if debug.inline else str(self.run_dir.log_path(planned.name, attempt)),
             tracker=self._tracker(),

@@ -4,7 +4,8 @@ Only three things are asked of the file system, and NFS, Lustre and object mount
 name fails if it exists, listing after one's own change is current, and a touched file gets the server's time. Taking a
 lock means to make the next number. Its holder touches the file every `BEAT_SECONDS`. A lock is stale when its process
 is gone, which is known at once on the same machine, or, elsewhere, when it has not been touched for `STALE_SECONDS` of
-the file system's own clock; then the next number may be made over it.
+the file system's own clock, or for `SILENT_SECONDS` if Slurm says that its job is over; then the next number may be
+made over it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from pathlib import Path
 from types import TracebackType
 
 from posttrain.errors import StageError
+from posttrain.pipeline import slurm_job
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """How often a holder shows that it lives, and after what silence a holder on another machine counts as dead."""
+SILENT_SECONDS = 15.0
+"""The same for one in a Slurm job that is over: long enough for a machine that Slurm has lost, yet still beats."""
 CONTEST_SECONDS = 5.0
 """How long more than its patience a process tries to take a lock that nobody holds."""
 CLOCK_SECONDS = 30.0
@@ -46,6 +50,7 @@ class Owner:
         host: the machine's name, for people.
         space: identifies the running machine and its space of process numbers (a container has its own).
         token: of one acquisition.
+        job, restarts: id of the Slurm job around the process and how often it had been requeued; "" outside of one.
     """
 
     pid: int
@@ -53,6 +58,8 @@ class Owner:
     host: str = ""
     space: str = ""
     token: str = field(default="", compare=False)
+    job: str = ""
+    restarts: int = 0
 
     @property
     def here(self) -> bool:
@@ -64,7 +71,8 @@ class Owner:
         return self.here and self.pid > 0 and start_time(self.pid) == self.start
 
     def __str__(self) -> str:
-        return f"process {self.pid}" if self.here else f"process {self.pid} on {self.host}"
+        where = "" if self.here else f" on {self.host}"
+        return f"process {self.pid}{where}" + (f" (Slurm job {self.job})" if self.job else "")
 
 
 class LockHeld(Exception):
@@ -111,7 +119,9 @@ def this_space() -> str:
 def this_process() -> Owner:
     """The calling process."""
     pid = os.getpid()
-    return Owner(pid, start_time(pid) or "", platform.node(), this_space(), uuid.uuid4().hex)
+    job, restarts = slurm_job.this_job()
+    host = os.environ.get("SLURMD_NODENAME") or platform.node()
+    return Owner(pid, start_time(pid) or "", host, this_space(), uuid.uuid4().hex, job, restarts)
 
 
 class Lock:
@@ -301,7 +311,10 @@ def _holds(file: Path) -> bool:
             touched = os.fstat(opened.fileno()).st_mtime
     except OSError:
         return False
-    return _file_system_time(file.parent) - touched < STALE_SECONDS
+    silence = _file_system_time(file.parent) - touched
+    if silence < SILENT_SECONDS or owner is None or not owner.job:
+        return silence < STALE_SECONDS
+    return silence < STALE_SECONDS and not slurm_job.is_over(owner.job, owner.restarts)
 
 
 _clocks: dict[int, tuple[float, float]] = {}
@@ -328,6 +341,7 @@ def _read_owner(file: Path) -> Owner | None:
     try:
         data = json.loads(file.read_text())
         names = ("start", "host", "space", "token")
-        return Owner(int(data["pid"]), *(str(data[name]) for name in names))
+        job = str(data.get("job", "")), int(data.get("restarts", 0))
+        return Owner(int(data["pid"]), *(str(data[name]) for name in names), *job)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -200,7 +200,7 @@ class _Planner:
         self.replacing = replacing
         self.seed, self.resolved = resolved.frame.seed, resolved
         self.graph, self.store, self.selected, self.forced, self.previous = graph, store, selected, forced, previous
-        self.device, self.ranks = resolved.frame.engine.device, resolved.frame.engine.ranks
+        self.engine, self.device = resolved.frame.engine, resolved.frame.engine.device
         self.done: dict[str, StagePlan] = {}
         self.problems: list[Problem] = []
 
@@ -296,13 +296,18 @@ class _Planner:
             self._note(planned.name, error)
 
     def _check_ranks(self, planned: StagePlan) -> None:
-        if self.ranks == 1 or not planned.stage.parallel:
+        engine = self.engine
+        if engine.world_size == 1 or not planned.stage.parallel:
             return
+        if engine.nodes > 1 and self.resolved.frame.launcher.type == "local":
+            what = f"engine.nodes={engine.nodes}, but launcher={self.resolved.frame.launcher.name} starts processes on "
+            raise RecipeError(f"{what}this machine alone", "engine.nodes", "launcher=slurm, or engine.nodes=1")
         try:
-            planned.stage.check_ranks(planned.cfg, self.ranks)
+            planned.stage.check_ranks(planned.cfg, engine.world_size)
         except ValueError as error:
+            setting = f"engine.ranks={engine.ranks}" + (f" engine.nodes={engine.nodes}" if engine.nodes > 1 else "")
             fix = "another number of ranks, or of sequences a step"
-            raise RecipeError(f"engine.ranks={self.ranks}: {error}", "engine.ranks", fix) from error
+            raise RecipeError(f"{setting}: {error}", "engine.ranks", fix) from error
 
     def _with_runtime(self, estimate: Estimate) -> Estimate:
         """Add the `runtime` term where memory is estimated and is that of the host."""
@@ -312,9 +317,10 @@ class _Planner:
 
     def _of_all_ranks(self, planned: StagePlan, estimate: Estimate) -> Estimate:
         """Ranks on the host share its memory; on GPUs each has its own."""
-        if self.ranks == 1 or not planned.stage.parallel or not computes_on_host(self.device):
+        ranks = self.engine.ranks
+        if ranks == 1 or not planned.stage.parallel or not computes_on_host(self.device):
             return estimate
-        return replace(estimate, memory={term: self.ranks * size for term, size in estimate.memory.items()})
+        return replace(estimate, memory={term: ranks * size for term, size in estimate.memory.items()})
 
     def _note(self, name: str, error: RecipeError) -> None:
         stage, section = self.graph.stages[name][0], section_of(name)

@@ -10,13 +10,22 @@ from posttrain.pipeline.events import Event
 
 _WINDOW = 40
 
+ENDS = {
+    "stage_finished": "done",
+    "stage_stopped": "stopped",
+    "stage_failed": "failed",
+    "stage_cancelled": "cancelled",
+}
+"""Events that end an attempt, and the status after them."""
+
 
 @dataclass
 class StageState:
     """How far one stage is.
 
     Attributes:
-        status: "waiting", "cached", "running", "done", "stopped" or "failed".
+        status: "waiting", "cached", "queued", "running", "done", "stopped", "failed" or "cancelled".
+        job, node: id of its Slurm job, and the machine it was started on; "" where there is none.
         done, total, unit: the last progress reported in this attempt.
         rate: units a second over the latest reports, None while unknown; `eta`: seconds left, likewise.
         loss: the last loss logged; `seconds`: duration of a finished stage, all attempts together.
@@ -26,6 +35,8 @@ class StageState:
     status: str = "waiting"
     attempts: int = 0
     pid: int | None = None
+    job: str = ""
+    node: str = ""
     done: float = 0
     total: float = 0
     unit: str = ""
@@ -51,10 +62,15 @@ class StageState:
     def update(self, event: Event) -> None:
         """Take in one event of this stage."""
         kind = event["event"]
-        if kind == "stage_started":
+        if kind in ("stage_submitted", "stage_requeued"):
+            self._leave_off(event["time"])
+            self.status, self.message = "queued", ""
+            self.job, self.node = str(event.get("job") or self.job), ""
+        elif kind == "stage_started":
             self.status, self.message = "running", ""
             self.attempts = int(event.get("attempt", self.attempts + 1))
             self.pid, self.started = event.get("pid"), event["time"]
+            self.job, self.node = str(event.get("job") or ""), str(event.get("node") or "")
             self.done, self.total, self.unit = 0, 0, ""
             self._points.clear()
         elif kind == "progress":
@@ -64,7 +80,7 @@ class StageState:
             self.loss = event.get("loss", self.loss)
         elif kind == "stage_cached":
             self.status = "cached" if self.status == "waiting" else self.status
-        elif kind in ("stage_finished", "stage_stopped", "stage_failed"):
+        elif kind in ENDS:
             self._end(event)
 
     def _progress(self, event: Event) -> None:
@@ -77,12 +93,16 @@ class StageState:
         self._points.append((event["time"], event["done"]))
 
     def _end(self, event: Event) -> None:
-        self.status = {"stage_finished": "done", "stage_stopped": "stopped", "stage_failed": "failed"}[event["event"]]
+        self.status = ENDS[event["event"]]
         self.message = str(event.get("message", ""))
         self.step = event.get("step", self.step)
+        self._leave_off(event["time"])
+
+    def _leave_off(self, time: float) -> None:
+        """No process computes it any more."""
         self.pid = None
         if self.started is not None:
-            self.seconds += max(0.0, event["time"] - self.started)
+            self.seconds += max(0.0, time - self.started)
             self.started = None
 
 
@@ -98,6 +118,8 @@ class RunState:
     def update(self, event: Event) -> None:
         """Take in one event."""
         kind, stage = event["event"], event.get("stage")
+        if kind == "stage_submitted" and self.status != "queued":
+            self.status, self.exit_code, self.stop_requested = "queued", None, False
         if stage is not None:
             self.stages.setdefault(stage, StageState(stage)).update(event)
         elif kind == "run_started":

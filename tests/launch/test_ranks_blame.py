@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from posttrain.launch.ranks import first_to_end
+from posttrain.launch.agent import first_to_end
 
 
 @pytest.mark.parametrize(
