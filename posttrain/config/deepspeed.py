@@ -7,6 +7,9 @@ from typing import Any
 
 NEVER = 10**9
 
+BUCKET = 50_000_000
+"""Elements that are summed over ranks, or gathered, at a time."""
+
 OURS: dict[str, str] = {
     "fp16": "weights are fp32, and `precision` of the stage says what is computed in bf16",
     "bf16": "weights are fp32, and `precision` of the stage says what is computed in bf16",
@@ -56,12 +59,12 @@ def deepspeed_config(
         "stage": stage,
         "contiguous_gradients": True,
         "overlap_comm": False,
-        "reduce_bucket_size": 50_000_000,
+        "reduce_bucket_size": BUCKET,
     }
     if stage == 2:
-        zero |= {"allgather_bucket_size": 50_000_000}
+        zero |= {"allgather_bucket_size": BUCKET}
     else:
-        zero |= {"stage3_prefetch_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 10_000}
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": 10_000}
     config: dict[str, Any] = {
         "train_batch_size": world_size * micro_batch * accumulation,
         "train_micro_batch_size_per_gpu": micro_batch,

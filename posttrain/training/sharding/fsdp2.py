@@ -19,11 +19,10 @@ from posttrain.training.speed import decoder_layers
 
 class Fsdp2(Sharding):
     """Each decoder layer is gathered for its forward and again for its backward pass; embeddings, last norm and head
-    for the whole step. Gradients are summed over ranks once a step, after its last micro-batch."""
+    for the whole step. Gradients are summed over ranks after every micro-batch, so that none are kept whole."""
 
     def shard(self, outer: StepLoss, make_optimizer: Callable[[], torch.optim.Optimizer], **settings: Any) -> Any:
         mesh = mesh_of_all(self.ctx.device)
-        self.max_norm = settings["max_grad_norm"]
         for layer in decoder_layers(outer):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         fully_shard(outer, mesh=mesh, reshard_after_forward=False)
@@ -40,9 +39,6 @@ class Fsdp2(Sharding):
     @property
     def scheduled(self) -> torch.optim.Optimizer:
         return self.optimizer
-
-    def before_micro_batch(self, last: bool) -> None:
-        self.outer.set_requires_gradient_sync(last)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
