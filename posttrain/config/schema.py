@@ -37,6 +37,10 @@ class Paths(Section):
     outputs: str = Field("outputs", min_length=1, description="Folder of store and runs, made when a run starts.")
 
 
+REPLICATED, SHARDED = ("single", "ddp"), ("zero2", "zero3", "fsdp2")
+"""Strategies by which every rank has the whole model that it trains, and those by which ranks have shards of it."""
+
+
 class Engine(Section):
     """What a stage computes on."""
 

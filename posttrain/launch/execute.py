@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from posttrain.config import plugins, registry
+from posttrain.config.schema import SHARDED
 from posttrain.errors import EXIT_FAILED, DamagedInputs, PosttrainError, RecipeError, StageError
 from posttrain.launch.job import Job, clear_work, describe_failure, write_outcome
 from posttrain.launch.source_code import SourceCode, source_code
@@ -27,7 +28,6 @@ from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.stage import ArtifactMeta, Stage
 from posttrain.pipeline.store import Artifact, damage, publish, seal, sealed
-from posttrain.training.sharding import SHARDED
 
 VERSIONED = ("posttrain", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 STRUCTURE = (

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.config.schema import SHARDED
 from posttrain.models.architecture import (
     cache_bytes_per_token,
     mixer_parameters,
@@ -17,7 +18,6 @@ from posttrain.models.architecture import (
     per_layer,
 )
 from posttrain.pipeline.device import planned_ranks, planned_strategy
-from posttrain.training.sharding import SHARDED
 from posttrain.training.sharding.memory import sharded_memory, sharded_teacher
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from sharded_world import METHODS, make_worlds, run_jobs, train
 
+from posttrain.config.schema import SHARDED
 from posttrain.training import checkpoints
-from posttrain.training.sharding import SHARDED
 
 TOLERANCE = 1e-5
 """Relative: sums over ranks are rounded in another order than sums over micro-batches."""

@@ -12,13 +12,13 @@ from source_models import make_source
 from posttrain.cli import show
 from posttrain.config import load_recipe
 from posttrain.config.deepspeed import OURS, deepspeed_config, forbidden
+from posttrain.config.schema import SHARDED
 from posttrain.errors import RecipeError, StageError
 from posttrain.models.architecture import normalise, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import planning_for
 from posttrain.pipeline.plan import make_plan
 from posttrain.training.estimate import training_memory
-from posttrain.training.sharding import SHARDED
 from posttrain.training.sharding.base import Piece
 from posttrain.training.sharding.layout import require_readable, write_layout
 from posttrain.training.sharding.memory import sharded_teacher

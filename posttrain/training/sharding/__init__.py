@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from posttrain.config.schema import REPLICATED
 from posttrain.errors import StageError
 
 if TYPE_CHECKING:
     from posttrain.pipeline.context import StageContext
     from posttrain.training.sharding.base import Sharding
-
-REPLICATED = ("single", "ddp")
-SHARDED = ("zero2", "zero3", "fsdp2")
 
 
 def make_sharding(ctx: StageContext) -> Sharding | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from posttrain.config.schema import REPLICATED, SHARDED
 from posttrain.errors import StageError
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.files import read_json, write_json
 from posttrain.training.checkpoints import step_of
-from posttrain.training.sharding import REPLICATED, SHARDED
 
 LAYOUT = "ranks.json"
 
