@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from posttrain.config.catalogue import Entry
+    from posttrain.config.recipe import ResolvedRecipe
 
 
 def command(
@@ -63,11 +64,38 @@ def recipe_text(name: str, overrides: list[str], origin: bool, config_dir: Path 
 
     recipe = load_recipe(name, overrides, config_dir=config_dir)
     if not origin:
-        return dump_yaml(recipe.document()).rstrip()
+        return dump_yaml(recipe.document()).rstrip() + deepspeed_text(recipe)
     origins = recipe.origins
     rows = list(_lines(recipe.document(), (), origins))
     width = min(56, max(len(text) for text, _ in rows))
     return "\n".join(f"{text:{width}}  # {place}" if place else text for text, place in rows)
+
+
+def deepspeed_text(recipe: ResolvedRecipe) -> str:
+    """What DeepSpeed is given in each training stage, as comments below the recipe; nothing with other engines."""
+    import json
+
+    from posttrain.config import registry
+    from posttrain.config.deepspeed import deepspeed_config
+
+    engine = recipe.frame.engine
+    if not engine.strategy.startswith("zero"):
+        return ""
+    lines = []
+    for name, cfg in recipe.stages.items():
+        if not registry.stage(cfg.type).parallel:
+            continue
+        try:
+            micro_batch = cfg.micro_batch(engine.world_size)
+        except ValueError as error:
+            lines += ["", f"# DeepSpeed in stage {name}: {error}"]
+            continue
+        accumulation = cfg.sequences_per_step // (micro_batch * engine.world_size)
+        settings = {"micro_batch": micro_batch, "accumulation": accumulation, "max_grad_norm": cfg.max_grad_norm}
+        config = deepspeed_config(int(engine.strategy[-1]), engine.world_size, overrides=engine.deepspeed, **settings)
+        text = json.dumps(config, indent=2).splitlines()
+        lines += ["", f"# DeepSpeed's configuration in stage {name}:", *(f"#   {line}" for line in text)]
+    return "\n".join(["", *lines]) if lines else ""
 
 
 def _lines(value: dict[str, Any], path: tuple[str, ...], origins: Any) -> Iterator[tuple[str, str]]:

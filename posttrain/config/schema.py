@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from posttrain.config.deepspeed import forbidden
 from posttrain.config.launcher import Launcher
 from posttrain.config.section import Section
 
@@ -29,21 +30,31 @@ class Paths(Section):
     outputs: str = Field("outputs", min_length=1, description="Folder of store and runs, made when a run starts.")
 
 
+REPLICATED, SHARDED = ("single", "ddp"), ("zero2", "zero3", "fsdp2")
+"""Strategies by which every rank has the whole model that it trains, and those by which ranks have shards of it."""
+
+
 class Engine(Section):
     """What a stage computes on."""
 
     name: str = Field("auto", description="The option chosen from conf/engine.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when a device is there, else cpu.")
-    strategy: Literal["single", "ddp"] = Field(
+    strategy: Literal["single", "ddp", "zero2", "zero3", "fsdp2"] = Field(
         "single",
-        description="How training stages use several ranks. single: one rank. ddp: every rank has the whole model and "
-        "its share of each step's sequences.",
+        description="How training stages use several ranks, each with its share of each step's sequences. single: one "
+        "rank. ddp: every rank has the whole model. zero2 (DeepSpeed): gradients and AdamW's moments in shards. zero3 "
+        "(DeepSpeed), fsdp2 (torch): weights in shards as well.",
     )
     ranks: int = Field(
         1, ge=1, le=1024, description="Processes of a training stage on one machine, one for each GPU: engine=ddp."
     )
     nodes: int = Field(
         1, ge=1, le=1024, description="Machines of a training stage, each with `ranks` ranks: launcher=slurm."
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Laid over the DeepSpeed configuration of zero2 and zero3, which `posttrain show RECIPE "
+        "engine=zero2` prints.",
     )
 
     @property
@@ -55,6 +66,14 @@ class Engine(Section):
     def _ranks_need_a_strategy(self) -> Self:
         if self.world_size > 1 and self.strategy == "single":
             raise ValueError(f"engine={self.name} works on one rank, not on {self.world_size}, e.g. engine=ddp")
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_keeps_promises(self) -> Self:
+        if self.deepspeed and not self.strategy.startswith("zero"):
+            raise ValueError(f"deepspeed is for engine=zero2 and engine=zero3, not for engine={self.name}")
+        if problems := forbidden(self.deepspeed):
+            raise ValueError("; ".join(problems))
         return self
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from posttrain.config import plugins, registry
+from posttrain.config.schema import SHARDED
 from posttrain.errors import EXIT_FAILED, DamagedInputs, PosttrainError, RecipeError, StageError
 from posttrain.launch.job import Job, clear_work, describe_failure, write_outcome
 from posttrain.launch.source_code import SourceCode, source_code
@@ -66,7 +67,7 @@ def execute_job(job: Job, work_dir: Path, lock: Lock | None = None) -> Artifact:
     clear_leftovers(work_dir)
     check_external(stage, job, work_dir)
     check_inputs(job)
-    if job.world_size > 1:
+    if job.world_size > 1 or strategy_of(job) in SHARDED:
         from posttrain.launch.ranks import run_ranks
 
         computed = Computed.from_json(run_ranks(job, work_dir))
@@ -194,11 +195,18 @@ def make_context(job: Job, work_dir: Path, device: str, **ranks: Any) -> StageCo
         inputs,
         job.seed,
         device,
+        strategy=strategy_of(job),
+        deepspeed=job.environment.get("deepspeed", {}),
         tracker=job.tracker,
         emit=emit,
         profile=_profile(job),
         **{"abandon": partial(give_up, work_dir), **ranks},
     )
+
+
+def strategy_of(job: Job) -> str:
+    """How the ranks of the job share a model; a stage that works on one rank alone has all of it."""
+    return job.environment.get("strategy", "single") if registry.stage(job.type).parallel else "single"
 
 
 def give_up(work_dir: Path, error: Exception) -> NoReturn:
@@ -317,7 +325,7 @@ def make_manifest(
         "outputs": {name: {"type": stage.outputs[name], "meta": metas[name].to_json()} for name in stage.outputs},
         "metrics": {"result": _plain(computed.result), "timing": _plain(computed.timing)},
         "estimate": job.estimate,
-        "versions": _versions(),
+        "versions": _versions(strategy_of(job)),
         "git": code.entry | ({} if source_code().entry == code.entry else {"changed_meanwhile": True}),
         "host": computed.host,
         "engine": {
@@ -345,11 +353,11 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _versions() -> dict[str, str]:
+def _versions(strategy: str) -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in VERSIONED:
+    for name in (*VERSIONED, *(["deepspeed"] if strategy.startswith("zero") else [])):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -39,6 +39,10 @@ class StageContext:
     """"cpu" or "cuda"; already resolved."""
     rank: int = 0
     world_size: int = 1
+    strategy: str = "single"
+    """How the ranks share a model that is trained, as `engine.strategy` of the recipe."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """`engine.deepspeed` of the recipe: what is laid over DeepSpeed's generated configuration."""
     tracker: dict[str, Any] | None = None
     """The recipe's `tracker` section (`name`, `project`, `mode`) and `dir`, a folder for the tracker's own files that
     outlives the work folder. None: curves stay in the stage's own files."""

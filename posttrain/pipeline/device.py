@@ -9,13 +9,13 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
-_planned: ContextVar[str] = ContextVar("planned_device", default="auto")
+_planned: ContextVar[tuple[str, str, int]] = ContextVar("planned_engine", default=("auto", "single", 1))
 
 
 @contextlib.contextmanager
-def planning_for(device: str) -> Iterator[None]:
-    """Inside, stages estimate for that `engine.device`."""
-    token = _planned.set(device)
+def planning_for(device: str, strategy: str = "single", ranks: int = 1) -> Iterator[None]:
+    """Inside, stages estimate for that `engine.device`, `engine.strategy` and number of ranks on all machines."""
+    token = _planned.set((device, strategy, ranks))
     try:
         yield
     finally:
@@ -24,7 +24,17 @@ def planning_for(device: str) -> Iterator[None]:
 
 def plans_for_gpu() -> bool:
     """Whether the stages being planned will compute on a GPU; outside a plan, whether there is one."""
-    return not computes_on_host(_planned.get())
+    return not computes_on_host(_planned.get()[0])
+
+
+def planned_strategy() -> str:
+    """How the ranks of the stages being planned hold a model that they train."""
+    return _planned.get()[1]
+
+
+def planned_ranks() -> int:
+    """Ranks of the stages being planned."""
+    return _planned.get()[2]
 
 
 def planned_memory() -> int | None:

@@ -289,7 +289,8 @@ class _Planner:
                 planned.outputs = planned.stage.describe(planned.cfg, known)
                 planned.stage.check(planned.cfg, known)
                 self._check_ranks(planned)
-            with planning_for(self.device):
+            shared = (self.engine.strategy, self.engine.world_size) if planned.stage.parallel else ("single", 1)
+            with planning_for(self.device, *shared):
                 estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
                 planned.estimate = self._of_all_ranks(planned, estimate)
         except RecipeError as error:
@@ -297,6 +298,9 @@ class _Planner:
 
     def _check_ranks(self, planned: StagePlan) -> None:
         engine = self.engine
+        if engine.strategy == "zero3" and planned.stage.parallel and getattr(planned.cfg, "compile", None) == "layers":
+            what = "engine zero3 swaps the weights of layers while they compute, and compiles none"
+            raise RecipeError(what, "compile", "compile=auto, or engine=fsdp2")
         if engine.world_size == 1 or not planned.stage.parallel:
             return
         if engine.nodes > 1 and self.resolved.frame.launcher.type == "local":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,7 +42,12 @@ class EngineRollout:
         self._engine: DecodeEngine | None = None
 
     def __call__(
-        self, prompts: list[list[int]], first_row: int, seed: int, at_wave: Callable[[], None] = lambda: None
+        self,
+        prompts: list[list[int]],
+        first_row: int,
+        seed: int,
+        at_wave: Callable[[], None] = lambda: None,
+        weights: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Written:
         """Continue every prompt.
 
@@ -49,8 +55,10 @@ class EngineRollout:
             first_row: number of the first prompt among those of all ranks: with `seed` it decides the draws, so that
                 they do not depend on how prompts are shared out.
             at_wave: called before every `rows` prompts; may end the stage.
+            weights: within it the policy's weights can be read; left before anything is written.
         """
-        engine = self._engine_with_weights()
+        with weights():
+            engine = self._engine_with_weights()
         sampling = self.sampling.model_copy(update={"seed": seed})
         tokens: list[list[int]] = []
         logprobs: list[list[float]] = []

@@ -176,6 +176,10 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
     def saves_at(self, step: int) -> bool:
         return step % self.config.steps_per_rollout == 0
 
+    def draws(self) -> str | None:
+        ours = self.rollout is not None
+        return super().draws() if ours else "completions are drawn from random numbers of each rank (rollout)"
+
     def stage_state(self) -> dict[str, Any]:
         return {"rails": self.rails.state()}
 
@@ -286,7 +290,9 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
             if self.rollout is None:
                 return self._generate_by_trl(prompt_ids, num_generations)
             first_row = self.ctx.rank * len(prompt_ids)
-            written = self.rollout(prompt_ids, first_row, self._seed_of(DRAWS), self._stop_if_asked)
+            written = self.rollout(
+                prompt_ids, first_row, self._seed_of(DRAWS), self._stop_if_asked, weights=self.whole_weights
+            )
             return written.tokens, written.logprobs
 
     def _generate_by_trl(
@@ -296,7 +302,7 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         size = len(prompt_ids) if self.use_vllm else self.config.rollout_rows
         tokens: list[list[int]] = []
         logprobs: list[list[float]] | None = None
-        with speed.plain_layers(self.model):
+        with speed.plain_layers(self.model), self.whole_weights():
             for start in range(0, len(prompt_ids), size):
                 self._stop_if_asked()
                 part = prompt_ids[start : start + size]
@@ -359,11 +365,15 @@ class PolicyTrainer(TrlStageTrainer, trl.GRPOTrainer):
         """
         if unknown := [name for name, value in others.items() if value is not None and value is not False]:
             fail(f"the policy's log-probabilities are not made for {', '.join(unknown)}", where="posttrain.policy")
-        found = [
-            self._scored(model, input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
-            for size in [batch_size or len(input_ids)]
-            for start in range(0, len(input_ids), size)
-        ]
+        # Without gradients it is called outside of the training step's forward pass.
+        with contextlib.nullcontext() if torch.is_grad_enabled() else self.whole_weights():
+            found = [
+                self._scored(
+                    model, input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep
+                )
+                for size in [batch_size or len(input_ids)]
+                for start in range(0, len(input_ids), size)
+            ]
         logprobs, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
         self._scores = TokenLogprobs(logprobs.detach(), entropies.detach())
         return logprobs, entropies if compute_entropy else None, None

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from posttrain.pipeline.device import planned_strategy
 from posttrain.pipeline.stage import NOT_IN_KEY, StageConfig
 
 COMPILE_PAYS_AFTER = 50
@@ -50,7 +51,7 @@ class TrainingConfig(StageConfig):
     compile: Literal["auto", "layers", "off"] = Field(
         "auto",
         description="layers: each decoder layer is compiled, one graph for all layers of a kind, about 20 s at the "
-        f"first step. auto: layers on a GPU from {COMPILE_PAYS_AFTER} steps, off on a CPU.",
+        f"first step. auto: layers on a GPU from {COMPILE_PAYS_AFTER} steps, off on a CPU and with engine=zero3.",
         json_schema_extra=NOT_IN_KEY,
     )
     cuda_graph: Literal["auto", "on", "off"] = Field(
@@ -132,5 +133,6 @@ class TrainingConfig(StageConfig):
         self.micro_batch(ranks)
 
     def compiles(self, on_gpu: bool) -> bool:
-        """Whether layers are compiled on that device."""
-        return self.compile == "layers" or (self.compile == "auto" and on_gpu and self.max_steps >= COMPILE_PAYS_AFTER)
+        """Whether layers are compiled on that device, by the engine that is planned for."""
+        pays = on_gpu and self.max_steps >= COMPILE_PAYS_AFTER and planned_strategy() != "zero3"
+        return self.compile == "layers" or (self.compile == "auto" and pays)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.config.schema import SHARDED
 from posttrain.models.architecture import (
     cache_bytes_per_token,
     mixer_parameters,
@@ -16,6 +17,8 @@ from posttrain.models.architecture import (
     parameter_count,
     per_layer,
 )
+from posttrain.pipeline.device import planned_ranks, planned_strategy
+from posttrain.training.sharding.memory import sharded_memory, sharded_teacher
 
 if TYPE_CHECKING:
     from posttrain.training.config import TrainingConfig
@@ -59,8 +62,11 @@ def training_memory(
     logit_copies: int = 3,
     teacher: Mapping[str, Any] | None = None,
     teacher_bytes: int = 4,
+    teacher_sharded: bool = False,
 ) -> dict[str, int]:
-    """Bytes of every term of a training step's peak under AdamW; their sum is the peak.
+    """Bytes of every term of a training step's peak under AdamW on one rank; their sum is the peak.
+
+    Weights, gradients and moments are those of the engine that is planned for (`planned_strategy`).
 
     Args:
         trainable: parameters with gradients; `master_bytes` per element of weights, gradients and moments.
@@ -68,7 +74,8 @@ def training_memory(
         precision: `fp32`, or `bf16` autocast, which keeps most activations in 2 bytes.
         plan: what layers keep; default: everything, not compiled.
         logit_copies: fp32 `[chunk, V]` tensors alive at once in the loss.
-        teacher: architecture of a frozen second model held beside it, with `teacher_bytes` per element.
+        teacher: architecture of a frozen second model held beside it, with `teacher_bytes` per element;
+            `teacher_sharded`: shared out among the ranks.
     """
     head = arch["vocab_size"] * arch["hidden_size"]
     chunk = min(chunk_tokens, micro_batch_tokens, max(1, LOGITS_BYTES // (2 * 4 * arch["vocab_size"])))
@@ -79,8 +86,13 @@ def training_memory(
         "activations": activation_bytes(arch, micro_batch_tokens, precision, plan or ActivationPlan()),
         "logits": 4 * (logit_copies * chunk * arch["vocab_size"] + 2 * head),
     }
+    if planned_strategy() in SHARDED:
+        terms |= sharded_memory(arch, trainable, planned_strategy(), planned_ranks())
     if teacher is not None:
-        terms["teacher"] = teacher_bytes * parameter_count(teacher) + micro_batch_tokens * _forward_bytes(teacher, 4)
+        shards = teacher_sharded and planned_ranks() > 1
+        whole = teacher_bytes * parameter_count(teacher)
+        held = sharded_teacher(teacher, teacher_bytes, planned_ranks()) if shards else whole
+        terms["teacher"] = held + micro_batch_tokens * _forward_bytes(teacher, 4)
     return terms
 
 

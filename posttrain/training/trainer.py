@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 
 from posttrain.errors import StageError
 from posttrain.models.architecture import normalise
@@ -28,6 +28,9 @@ from posttrain.training.config import TrainingConfig
 from posttrain.training.estimate import ActivationPlan, activation_plan
 from posttrain.training.graphed import GraphedMicroStep
 from posttrain.training.meter import LAG, Meter
+from posttrain.training.sharding import make_sharding
+from posttrain.training.sharding.layout import require_readable, write_layout
+from posttrain.training.sharding.trainer import ShardedTrainer
 from posttrain.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ log = logging.getLogger(__name__)
 WEIGHTS, STAGE_STATE = "model.safetensors", "stage_state.json"
 
 
-class StageTrainer(Trainer):
+class StageTrainer(ShardedTrainer):
     """transformers' `Trainer` for a stage: resumes exactly, stops on request, never keeps a step made from a NaN.
 
     Subclasses override `compute_loss` and return this micro-batch's share of the optimiser step's loss: nothing is
@@ -73,6 +76,7 @@ class StageTrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         self.ctx, self.config = ctx, config
+        self.sharding = make_sharding(ctx)
         self.frozen, self.whole_rows = frozen, whole_rows
         self.watch = StageCallback(ctx, tokens_per_step, config.save_every, config.save_seconds, self.saves_at)
         self.watchdog = Watchdog(ctx, config.hang_seconds)
@@ -106,9 +110,8 @@ class StageTrainer(Trainer):
             model.config.use_cache = use_cache
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        if ctx.world_size > 1:
-            # Gradients are added in `training_step`; accelerate would wrap the model in DistributedDataParallel.
-            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        # Gradients are added in `training_step`; accelerate would wrap the model in DistributedDataParallel.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         # Both say that the loss is already that of the whole step (5.17 reads the first, 5.23 the second).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -124,6 +127,7 @@ class StageTrainer(Trainer):
         if self.ctx.should_stop():
             self.ctx.stop(checkpoints.step_of(newest) if newest else 0)
         if newest is not None:
+            require_readable(newest, self.ctx, self.draws())
             log.warning("going on from step %d", checkpoints.step_of(newest))
         self._step_loss = 0.0
         self._parts.clear()
@@ -132,15 +136,22 @@ class StageTrainer(Trainer):
             self._skip.zero_()
         if newest is not None:
             self._load_stage_state(newest)
-        with self.watchdog, self.fast():
+        if self.sharding is not None:
+            self.sharding.remember(self.model)
+        with self.watchdog, self.fast(), self.in_shards():
             self.train(resume_from_checkpoint=str(newest) if newest else None)
         if self.watch.stopped:
             self.ctx.stop(self.state.global_step)
+        self.take_whole()
         return [history_row(entry) for entry in self.state.log_history if "loss" in entry]
 
     def saves_at(self, step: int) -> bool:
         """Whether the state after that optimiser step is all that a resumed run needs."""
         return True
+
+    def draws(self) -> str | None:
+        """What training draws from random numbers of each rank, so that other ranks would draw others; or None."""
+        return "dropout draws random numbers on every rank" if speed.draws_random(self.model) else None
 
     def stage_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights, optimiser and random numbers; JSON-able, the same on every rank."""
@@ -169,6 +180,12 @@ class StageTrainer(Trainer):
         """Whether layers are compiled on this machine."""
         on_gpu = self.args.device.type == "cuda"
         wanted = self.config.compiles(on_gpu)
+        if wanted and self.sharding is not None and not self.sharding.compiles:
+            if self.config.compile != "auto":
+                where = f"stages.{self.ctx.name}.compile"
+                what = f"layers are not compiled with engine {self.sharding.name}, which swaps their weights"
+                raise StageError(what, where=where, fix=f"{where}=auto, or engine=fsdp2")
+            return False
         return wanted and (self.config.compile != "auto" or speed.can_compile())
 
     @property
@@ -181,6 +198,7 @@ class StageTrainer(Trainer):
         reasons = {
             "it needs a GPU": self.args.device.type != "cuda",
             "it works on one rank": self.ctx.world_size > 1,
+            "it needs the whole model": self.sharding is not None,
             "batches differ in shape": not self.whole_rows,
             "the model has dropout": speed.draws_random(self.model),
             "a model reads the device while it computes": any(
@@ -255,7 +273,7 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        if optimizer.defaults.get("fused"):
+        if optimizer.defaults.get("fused") and self.sharding is None:
             # Fused optimisers look at this tensor on the device (it is the gradient scaler's) and skip where it is 1.
             self._skip = optimizer.found_inf = torch.zeros((), device=self.args.device)
         return optimizer
@@ -267,6 +285,8 @@ class StageTrainer(Trainer):
             loss, parts = self._graphed(self._prepare_inputs(inputs))
             self.record_parts(**parts)
         else:
+            if self.sharding is not None:
+                self.sharding.before_micro_batch(last=self.accelerator.sync_gradients)
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
         if self.ctx.world_size > 1 and self.accelerator.sync_gradients:
@@ -275,7 +295,8 @@ class StageTrainer(Trainer):
 
     def _add_ranks(self) -> None:
         """After a step's last micro-batch: gradients, loss and parts of all ranks together."""
-        distributed.add_gradients(self.model.parameters())
+        if self.sharding is None:
+            distributed.add_gradients(self.model.parameters())
         summed = distributed.add_numbers({"loss": self._step_loss, **self._parts}, self.args.device)
         self._step_loss = summed.pop("loss")
         self._parts = summed
@@ -293,6 +314,9 @@ class StageTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called before the optimiser step, which leaves the weights alone if loss or gradient is not finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.sharding is not None:
+            # What is not finite is seen when it is logged, before a checkpoint could be made of it.
+            return grad_norm
         loss = torch.as_tensor(self._step_loss)
         if self._skip is None:
             self._refuse_nan(self.state.global_step + 1, loss=float(loss), grad_norm=float(grad_norm))
@@ -304,6 +328,8 @@ class StageTrainer(Trainer):
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', but the step's numbers go through the meter instead of being waited for."""
         state = self.state
+        if self.sharding is not None:
+            grad_norm = self.sharding.grad_norm(grad_norm)
         if self.control.should_log and state.global_step > self._globalstep_last_logged:
             self._globalstep_last_logged = state.global_step
             rate = kwargs.get("learning_rate")
@@ -358,6 +384,8 @@ class StageTrainer(Trainer):
         self.ctx.first_does(lambda: str(checkpoints.begin(folder, step)))
         try:
             super()._save_checkpoint(model, trial)
+            if self.ctx.rank == 0:
+                write_layout(checkpoints.checkpoint_path(folder, step), self.ctx)
             if self.ctx.rank == 0 and (state := self.stage_state()):
                 write_json(checkpoints.checkpoint_path(folder, step) / STAGE_STATE, state)
         except BaseException:
@@ -375,10 +403,16 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The parameters under their own names: `save_pretrained` may rename them, and loading would not notice."""
+        if self.sharding is not None:
+            super()._save(output_dir, state_dict)
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / WEIGHTS), metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As `_save` wrote them; a missing or unexpected name is an error, where transformers would only warn."""
+        if self.sharding is not None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         load_model(model if model is not None else self.model, Path(resume_from_checkpoint) / WEIGHTS, strict=True)

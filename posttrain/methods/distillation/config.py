@@ -90,6 +90,12 @@ class DistillConfig(TrainingConfig):
         description="Where the teacher computes: same (as the student), cpu, or cuda:N; hidden states are moved.",
         json_schema_extra=NOT_IN_KEY,
     )
+    teacher_sharding: Literal["replicated", "sharded"] = Field(
+        "replicated",
+        description="With several ranks: the whole teacher on each, or its layers in shards that are gathered when "
+        "they compute (torch's fully_shard, with any engine); slower, and its memory is divided by the ranks.",
+        json_schema_extra=NOT_IN_KEY,
+    )
     teacher_cache: TeacherCache | None = Field(
         None,
         description="Run the teacher once over the sequences of the run, keep its top_k log-probabilities on disk, and "
@@ -136,6 +142,15 @@ class DistillConfig(TrainingConfig):
                 f"divergence={self.divergence} needs the teacher's probability of every token that the student may "
                 "give, and teacher_cache keeps the teacher's likeliest alone: use divergence=forward_kl or "
                 "teacher_cache=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_teacher_is_with_the_student(self) -> Self:
+        if self.teacher_sharding == "sharded" and self.teacher_device != "same":
+            raise ValueError(
+                f"teacher_sharding=sharded keeps the teacher on the ranks' own devices, not on teacher_device="
+                f"{self.teacher_device}: use teacher_device=same"
             )
         return self
 

@@ -129,6 +129,7 @@ class Distill(Stage):
             logit_copies=logit_copies(cfg),
             teacher=None if cfg.teacher_cache else teacher,
             teacher_bytes=ELEMENT_SIZE[cfg.teacher_dtype],
+            teacher_sharded=cfg.teacher_sharding == "sharded",
         )
         memory["weights"] += 4 * adapters
         cached = cache_bytes(cfg, inputs["data"].tokens)

@@ -69,6 +69,17 @@ class DistillTrainer(StageTrainer):
             teacher.to(teacher_device(config.teacher_device, self.args.device))
             # Moved once: the loss needs it beside the student's at every step.
             self.teacher_head = teacher.get_output_embeddings().weight.detach().to(self.args.device)
+            self._shard_teacher(teacher)
+
+    def _shard_teacher(self, teacher: PreTrainedModel) -> None:
+        """Where it is asked for. The head stays whole, apart from embeddings that it may be tied to."""
+        if self.config.teacher_sharding == "replicated" or self.ctx.world_size == 1:
+            return
+        from posttrain.training.sharding.fsdp2 import shard_frozen
+
+        self.teacher_head = self.teacher_head.clone()
+        teacher.get_output_embeddings().weight = None
+        shard_frozen(teacher, self.args.device.type)
 
     @property
     def captures(self) -> bool:
