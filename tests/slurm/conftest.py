@@ -17,7 +17,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         pytest.skip("a Slurm of one's own needs root")
     if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
         pytest.skip("there is no Slurm, and no apt-get to install one with")
-    with cluster(tmp_path_factory.mktemp("slurm"), CPUS="8") as environment:
+    # As long as a cluster usually waits between SIGTERM and SIGKILL: ranks save in that time.
+    with cluster(tmp_path_factory.mktemp("slurm"), CPUS="8", EXTRA="KillWait=25") as environment:
         yield environment
 
 

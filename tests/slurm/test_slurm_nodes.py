@@ -80,6 +80,7 @@ def test_two_machines_of_two_ranks_are_four_ranks(real: RealSite, four_ranks) ->
     assert run.result("distill") == expected
     log = (run.folder / "logs" / "distill" / "attempt_1.log").read_text()
     assert "2 machines (n1, n2), meeting at n1:" in log
+    take_away(run)
 
 
 def test_a_rank_killed_on_the_second_machine_fails_the_stage_and_resumes(real: RealSite, four_ranks) -> None:
@@ -106,4 +107,18 @@ def test_preemption_of_two_machines_requeues_and_ends_the_same(real: RealSite, f
     run.wait_for_end(seconds=SECONDS)
     assert [event["restarts"] for event in run.events("stage_requeued", "distill")] == [1]
     assert run.events("stage_stopped", "distill")[0]["step"] >= 3
+    assert run.result("distill") == expected
+    take_away(run)
+
+
+def test_ranks_save_when_slurm_ends_the_job_without_a_warning(real: RealSite, four_ranks) -> None:
+    """A requeue sends SIGTERM to every process at once: to ranks, to the processes that started them, to the worker."""
+    expected = four_ranks(*LONGER)
+    run = submit(real, "requeued", *LONGER, "stages.distill.save_every=0")
+    run.wait_for_step(3, "distill")
+    real.slurm("scontrol", "requeue", run.job("distill"))
+    run.wait_for_end(seconds=SECONDS)
+    (stopped,) = run.events("stage_stopped", "distill")
+    log = (run.folder / "logs" / "distill" / "attempt_2.log").read_text()
+    assert f"going on from step {stopped['step']}" in log
     assert run.result("distill") == expected
