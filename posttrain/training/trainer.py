@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
@@ -35,7 +34,7 @@ from posttrain.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, STAGE_STATE = "model.safetensors", "stage_state.json"
+STAGE_STATE = "stage_state.json"
 
 
 class StageTrainer(ShardedTrainer):
@@ -400,19 +399,3 @@ class StageTrainer(ShardedTrainer):
             checkpoints.rotate(folder, self.config.keep_checkpoints)
 
         self.ctx.first_does(complete)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The parameters under their own names: `save_pretrained` may rename them, and loading would not notice."""
-        if self.sharding is not None:
-            super()._save(output_dir, state_dict)
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / WEIGHTS), metadata={"format": "pt"})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As `_save` wrote them; a missing or unexpected name is an error, where transformers would only warn."""
-        if self.sharding is not None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_model(model if model is not None else self.model, Path(resume_from_checkpoint) / WEIGHTS, strict=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -16,7 +17,7 @@ from posttrain.pipeline.context import StageContext
 from posttrain.training.sharding.base import Sharding, StepLoss
 from posttrain.training.sharding.shards import Shards, read_moments, read_weights, write_shard
 
-SCHEDULER = "scheduler.pt"
+WEIGHTS, SCHEDULER = "model.safetensors", "scheduler.pt"
 
 
 class ShardedTrainer(Trainer):
@@ -107,7 +108,14 @@ class ShardedTrainer(Trainer):
     # ----- checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Nothing in shards: weights are written with the moments, by every rank."""
+        """The parameters under their own names: `save_pretrained` may rename them, and loading would not notice.
+
+        In shards every rank writes weights together with the moments.
+        """
+        if self.sharding is None:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(folder / WEIGHTS), metadata={"format": "pt"})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.sharding is None:
@@ -125,7 +133,13 @@ class ShardedTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Called before the model is sharded."""
+        """As `_save` wrote them; a missing or unexpected name is an error, where transformers would only warn.
+
+        Called before the model is sharded.
+        """
+        if self.sharding is None:
+            load_model(model if model is not None else self.model, Path(resume_from_checkpoint) / WEIGHTS, strict=True)
+            return
         trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         read_weights(Path(resume_from_checkpoint), trained)
 

@@ -38,6 +38,10 @@ class Zero(Sharding):
             model=outer, optimizer=self.adamw, config=config, dist_init_required=False
         )
         self.engine.train()
+        # ZeRO 3, and an older DeepSpeed, know averages over ranks only. Undone exactly for powers of two ranks, else to
+        # a rounding.
+        averages = self.stage == 3 or getattr(self.zero, "gradient_average", True)
+        self._factor = self.ctx.world_size if averages else 1
         return Stepper(self.engine, self.adamw)
 
     def _gather_by_layer(self, outer: StepLoss) -> None:
@@ -63,9 +67,7 @@ class Zero(Sharding):
         self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
-        # ZeRO 3 knows averages over ranks only. Exact for powers of two ranks, else to a rounding.
-        share = loss * self.ctx.world_size if self.stage == 3 else loss
-        self.engine.backward(share, scale_wrt_gas=False)
+        self.engine.backward(loss * self._factor, scale_wrt_gas=False)
 
     def clip(self, max_norm: float) -> None:
         """The engine clips within `step`, as `max_grad_norm` of its configuration says."""

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from posttrain.errors import StageError, StopRequested
 from posttrain.methods.distillation import DistillConfig
-from posttrain.training import checkpoints, trainer
+from posttrain.training import checkpoints
+from posttrain.training.sharding import trainer
 
 __all__ = ["context", "world"]  # fixtures
 
