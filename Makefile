@@ -17,7 +17,7 @@ STEPS := stock:$(BF16) stock:compile=model,$(BF16) ours:$(BF16) \
   ours:$(BF16),logits_dtype=bfloat16,activation_budget_gib=4.4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-hydra-next test-gpu bench lint format clean
+.PHONY: help setup demo test test-hydra-next test-gpu test-slurm bench lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ $(NEXT_STAMP): constraints-hydra-next.txt
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device (without one they are skipped)
 	$(BIN)/python -m pytest -m gpu
+
+test-slurm: $(STAMP) ## Run the tests on a small real Slurm, which is installed and started (needs root and apt-get; ten minutes)
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 bench: $(STAMP) ## Check and time the operators beside their peers; MODEL=FOLDER: training step and roll-outs too
 	$(BIN)/python kernels/benchmarks/run.py

@@ -98,6 +98,7 @@ def test_planning_modules_import_nothing_heavy_at_the_top() -> None:
         ["show", "x_ecomla"],
         ["show", "distill"],
         ["plan", "x_ecomla", "--json"],
+        ["submit", "x_ecomla", "scale=smoke", "--dry-run"],
         ["new", "stage", "own"],
         ["init"],
     ],

@@ -14,20 +14,36 @@ if TYPE_CHECKING:
 
 def command(
     run: Annotated[str | None, typer.Argument(help="Run name or its beginning; the newest run when omitted.")] = None,
-    now: Annotated[bool, typer.Option("--now", help="Kill the worker instead of letting it save its state.")] = False,
+    now: Annotated[
+        bool, typer.Option("--now/--graceful", help="Kill the worker instead of letting it save its state.")
+    ] = False,
     outputs: Annotated[Path, typer.Option(metavar="DIR", help="The outputs folder.")] = Path("outputs"),
 ) -> None:
-    """Ask a run to save its state and stop, and wait until it has."""
+    """Ask a run to save its state and stop, and wait until it has. A submitted run's waiting jobs are cancelled."""
     from posttrain.pipeline.lock import held
     from posttrain.pipeline.run_dir import find_run
 
     found = find_run(run, outputs.absolute())
+    if _submitted(found):
+        from posttrain.launch.slurm.follow import cancel
+
+        cancel(found, now=now)
+        typer.echo(how_it_ended(found))
+        return
     if not request_stop(found, now=now):
         typer.echo(f"run {found.name} is not running")
         return
     while held(found.lock_path):
         time.sleep(0.1)
     typer.echo(how_it_ended(found))
+
+
+def _submitted(run: RunDir) -> bool:
+    """Whether a run waits for jobs of Slurm's."""
+    from posttrain.launch.slurm.ledger import read_ledger
+
+    ledger = read_ledger(run)
+    return ledger.slurm and ledger.finished is None
 
 
 def how_it_ended(run: RunDir) -> str:
@@ -44,7 +60,7 @@ def how_it_ended(run: RunDir) -> str:
 
 def request_stop(run: RunDir, *, now: bool = False) -> bool:
     """Tell the run's worker and its runner to stop; false when nobody executes the run."""
-    from posttrain.launch.job import LOCK, STOP
+    from posttrain.launch.job import LOCK, STOP, work_dirs_of
     from posttrain.launch.local import kill_process
     from posttrain.pipeline.events import EventLog
     from posttrain.pipeline.lock import held, holder
@@ -59,20 +75,3 @@ def request_stop(run: RunDir, *, now: bool = False) -> bool:
         if owner is not None:
             kill_process(owner)
     return True
-
-
-def work_dirs_of(run: RunDir) -> list[Path]:
-    """Work folders in which stages of this run are computed for this run, not for another one that shares a key."""
-    from posttrain.errors import StageError
-    from posttrain.launch.job import Job
-    from posttrain.pipeline.store import Store
-
-    found = []
-    for stage in run.record()["stages"]:
-        folder = Store(run.outputs / "store").work_dir(stage["type"], stage["key"])
-        try:
-            if Path(Job.read(folder).events).resolve() == run.events_path.resolve():
-                found.append(folder)
-        except StageError:
-            continue
-    return found

@@ -160,8 +160,8 @@ def remove(found: list[Leftover]) -> None:
     """Remove (or put back) each of them; a work folder only while both its locks are ours."""
     import os
 
-    from posttrain.pipeline.execution import discard_work
     from posttrain.pipeline.files import discard_tree, remove_tree
+    from posttrain.pipeline.stage_runner import discard_work
 
     for one in found:
         if one.restore:

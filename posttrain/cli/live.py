@@ -93,4 +93,8 @@ def _milestone(event: Event, stage: StageState) -> str | None:
     if kind == "stage_stopped":
         step = event.get("step")
         return f"{stage.name}: stopped{f' at {step}' if step is not None else ''}, resumable"
+    if kind == "stage_requeued":
+        return f"{stage.name}: requeued (restart {event['restarts']} of job {event['job']})"
+    if kind == "stage_cancelled":
+        return f"{stage.name}: cancelled, {event['message']}"
     return f"{stage.name}: failed" if kind == "stage_failed" else None

@@ -19,6 +19,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 COMMANDS = {
     "run": "run",
+    "submit": "submit",
     "plan": "plan",
     "status": "status",
     "logs": "logs",
@@ -37,7 +38,7 @@ COMMANDS = {
     "diff": "diff",
     "adopt": "adopt",
 }
-HIDDEN = {"worker": "worker"}
+HIDDEN = {"worker": "worker", "stage-job": "stage_job"}
 # typer brings its own copy of click from 0.24 on and uses the real one before; this is the class of either.
 UsageError = typer.BadParameter.__bases__[0]
 

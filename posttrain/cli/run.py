@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from posttrain.cli.live import Live
+    from posttrain.pipeline.execution import RunResult
     from posttrain.pipeline.plan import Plan
 
 
@@ -33,7 +35,7 @@ def command(
         Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
     ] = None,
 ) -> int:
-    """Run a recipe: what is in the store already is not done again.
+    """Run a recipe: what is in the store already is not done again. With launcher=slurm, stages are jobs of a cluster.
 
     Exit codes: 0 done, 1 a stage failed, 2 bad input (nothing ran), 75 stopped and resumable, 130 interrupted.
     """
@@ -60,14 +62,27 @@ def command(
     return execute(make, yes=yes)
 
 
-def execute(make: Callable[[], Plan], *, yes: bool = False) -> int:
-    """Run the plan that `make()` returns with live progress; prints how it ended and returns the exit code."""
+def execute(make: Callable[[], Plan], *, yes: bool = False, detach: bool = False) -> int:
+    """Run the plan that `make()` returns with live progress; prints how it ended and returns the exit code.
+
+    Args:
+        detach: with launcher=slurm, only submit.
+    """
     from posttrain.cli.live import Live
     from posttrain.errors import EXIT_DONE
-    from posttrain.pipeline.runner import plan_and_run
 
+    plan = make()
     with Live() as live:
-        result = plan_and_run(make, live, yes=yes)
+        if plan.resolved.frame.launcher.type == "slurm":
+            result = _submit(plan, live, yes=yes, detach=detach)
+            if result is None:
+                return EXIT_DONE
+        else:
+            from posttrain.launch.slurm.ledger import refuse_beside_jobs
+            from posttrain.pipeline.runner import plan_and_run
+
+            refuse_beside_jobs(plan.run_dir)
+            result = plan_and_run(lambda: plan, live, yes=yes)
     if result.message:
         typer.echo(f"posttrain: {result.message}", err=True)
     if result.exit_code == EXIT_DONE:
@@ -75,3 +90,20 @@ def execute(make: Callable[[], Plan], *, yes: bool = False) -> int:
     if result.report is not None:
         typer.echo(f"report: {result.report}")
     return result.exit_code
+
+
+def _submit(plan: Plan, live: Live, *, yes: bool, detach: bool) -> RunResult | None:
+    """Submit a plan and, unless detached, follow the run to its end; None when there is no end to tell of yet."""
+    from posttrain.launch.slurm.submit import submit, told
+    from posttrain.pipeline.guard import guard
+
+    if plan.to_do and not yes:
+        guard(plan)
+    submitted = submit(plan, live)
+    for line in told(submitted):
+        live.note(line)
+    if submitted.result is not None or detach:
+        return submitted.result
+    from posttrain.launch.slurm.follow import follow
+
+    return follow(submitted.run, live)

@@ -23,10 +23,12 @@ def sweep(
     *,
     dry_run: bool = False,
     yes: bool = False,
+    detach: bool = False,
 ) -> int:
     """Run a sweep, or show it; returns the exit code.
 
     Args:
+        detach: with launcher=slurm, only submit.
         selection: `from_`, `until`, `only` and `force` of `make_plan`, the same for every point.
         name: of the sweep; its runs are then called NAME-1, NAME-2, …
     """
@@ -56,6 +58,8 @@ def sweep(
         return EXIT_DONE
     check_sweep(plans, yes=yes)
     called = sweep_name(resolved[0].recipe, plans, name)
+    if plans[0].resolved.frame.launcher.type == "slurm":
+        return _submit(resolved[0].recipe, overrides, called, points, plans, detach=detach)
     from posttrain.cli.live import Live
 
     with Live() as live:
@@ -69,6 +73,42 @@ def sweep(
     if result.report is not None:
         typer.echo(f"report: {result.report}")
     return result.exit_code
+
+
+def _submit(
+    recipe: str, overrides: list[str], name: str, points: list[Point], plans: list[Plan], *, detach: bool
+) -> int:
+    """Submit the points to Slurm and, unless detached, follow them to their ends; returns the exit code."""
+    from posttrain.cli.live import Live
+    from posttrain.launch.slurm.follow import follow
+    from posttrain.launch.slurm.sweep import count_of, submit_sweep
+    from posttrain.pipeline.sweep import compare_points, new_record, save_record
+
+    folder = plans[0].outputs / "sweeps" / name
+    record = new_record(folder, recipe, overrides, [point.values for point in points])
+    for entry, plan in zip(record["points"], plans, strict=True):
+        entry |= {"run": plan.run_name, "status": "submitted"}
+    with Live() as live:
+        jobs = submit_sweep(plans, folder, live)
+        save_record(folder, record)
+        live.note(f"sweep {name}: {len(plans)} runs, {count_of(jobs)} jobs")
+        for point, plan in zip(points, plans, strict=True):
+            live.note(f"  {point}  {plan.run_name}")
+        if detach:
+            live.note(f"when they are done, their comparison: posttrain report {name}")
+            return 0
+        results = []
+        for point, plan in zip(points, plans, strict=True):
+            live.note(f"run {plan.run_name}: {point}")
+            results.append(follow(plan.run_dir, live))
+            if results[-1].exit_code in (75, 130):
+                break
+    for result in results:
+        if result.message:
+            typer.echo(f"posttrain: {result.run_dir.name}: {result.message}", err=True)
+    report = compare_points(folder, plans[0].outputs, record)
+    typer.echo(f"sweep: {folder}\nreport: {report}")
+    return max(result.exit_code for result in results)
 
 
 def table_of(points: list[Point], plans: list[Plan]) -> list[str]:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from posttrain.config.deepspeed import forbidden
-
-
-class Section(BaseModel):
-    """Base of the recipe's sections: unknown keys are errors, values do not change once read."""
-
-    # Deferred: a section is built within the frame, and by itself only if somebody validates it alone.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True, defer_build=True
-    )
+from posttrain.config.launcher import Launcher
+from posttrain.config.section import Section
 
 
 class Run(Section):
@@ -82,13 +75,6 @@ class Engine(Section):
         if problems := forbidden(self.deepspeed):
             raise ValueError("; ".join(problems))
         return self
-
-
-class Launcher(Section):
-    """What starts the stages' processes."""
-
-    name: str = Field("local", description="The option chosen from conf/launcher.")
-    type: Literal["local"] = Field("local", description="local: a child process of the command.")
 
 
 class Tracker(Section):

@@ -67,6 +67,7 @@ class Checker:
             else:
                 self.untyped.add(str(name))
         self._references()
+        self._launcher()
         self.result.stages = {name: config for name, (_, config) in self.pairs.items()}
         return self.result
 
@@ -242,6 +243,30 @@ class Checker:
             else:
                 fix = problem.fix
             self.result.problems.append(Problem(problem.what, origin.where, fix))
+
+    def _launcher(self) -> None:
+        """The launcher's settings of single stages, against the stages there are."""
+        from posttrain.pipeline.graph import edges_of
+
+        launcher, untyped = self.result.frame.launcher, self.untyped
+        for section in ("stages", "dependencies"):
+            for name in getattr(launcher, section):
+                if name not in self.pairs and name not in untyped:
+                    self._no_such(("launcher", section, name), f"the recipe has no stage `{name}`", list(self.pairs))
+        for name, policies in launcher.dependencies.items():
+            if name not in self.pairs:
+                continue
+            parents = list(dict.fromkeys(edge.stage for edge in edges_of(name, self.pairs).values()))
+            for parent in policies:
+                if parent not in parents:
+                    what = f"stage `{name}` takes nothing from `{parent}`"
+                    self._no_such(("launcher", "dependencies", name, parent), what, parents)
+
+    def _no_such(self, path: KeyPath, what: str, names: list[str]) -> None:
+        origin = self.origins.below(path)[0] if self.origins.below(path) else self.origins.of(path)
+        guess = nearest(str(path[-1]), names)
+        fix = f"write {guess} instead of {path[-1]}" if guess else f"the names are {among(names)}"
+        self.add(what, origin.where, fix)
 
     def _deleted(self, reference: str) -> Argument | None:
         """The override that deleted the stage or source which a reference names."""

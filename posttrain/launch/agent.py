@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.launch.job import Job
-from posttrain.launch.rank import RANKS
+from posttrain.launch.rank import EXIT_TERM, RANKS
 from posttrain.pipeline.files import write_json
 
 JOIN_SECONDS = 300
@@ -86,7 +86,7 @@ def innocence(code: int) -> int:
 
     One that was killed made the others fail in the operation that they shared; SIGTERM is how the agent ends the rest.
     """
-    return 2 if code == -signal.SIGTERM else int(code >= 0)
+    return 2 if code in (-signal.SIGTERM, EXIT_TERM) else int(code >= 0)
 
 
 def first_to_end(failures: list[tuple[int, int, int]]) -> tuple[int, int, int]:

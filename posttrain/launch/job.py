@@ -10,6 +10,8 @@ from typing import Any
 from posttrain.errors import DamagedInputs, PosttrainError, StageError
 from posttrain.pipeline.disk import disk_error
 from posttrain.pipeline.files import read_json, remove_tree, write_json
+from posttrain.pipeline.run_dir import RunDir
+from posttrain.pipeline.store import Store
 
 JOB, LOCK, STOP, OUTCOME = "job.json", "lock", "STOP", "outcome.json"
 CLAIM = "runner"
@@ -117,3 +119,16 @@ def read_outcome(work_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return outcome if isinstance(outcome, dict) and "status" in outcome else None
+
+
+def work_dirs_of(run: RunDir) -> list[Path]:
+    """Work folders in which stages of this run are computed for this run, not for another one that shares a key."""
+    found = []
+    for stage in run.record()["stages"]:
+        folder = Store(run.outputs / "store").work_dir(stage["type"], stage["key"])
+        try:
+            if Path(Job.read(folder).events).resolve() == run.events_path.resolve():
+                found.append(folder)
+        except StageError:
+            continue
+    return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED
 from posttrain.launch.agent import Node, start_ranks
-from posttrain.launch.job import Job
+from posttrain.launch.job import STOP, Job
 
 
 def main(work_dir: Path, endpoint: str) -> int:
@@ -18,6 +19,8 @@ def main(work_dir: Path, endpoint: str) -> int:
 
     Which rank died of what stands in the work folder then; srun ends the other machines' processes.
     """
+    # Slurm's to every process of a job that it ends or requeues: the ranks may have time to save.
+    signal.signal(signal.SIGTERM, lambda *_: (work_dir / STOP).touch())
     index = int(os.environ["SLURM_PROCID"])
     node = Node(index, endpoint, os.environ.get("SLURMD_NODENAME") or platform.node())
     try:

@@ -19,13 +19,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, PosttrainError, StopRequested
-from posttrain.launch.job import Job, describe_failure
+from posttrain.launch.job import STOP, Job, describe_failure
 from posttrain.pipeline.disk import free_reserve
 from posttrain.pipeline.files import write_json
 
 COMPUTED = "computed.json"
 RANKS = "ranks"
 """What ranks leave in the work folder: rank 0 its result, and each that fails a file in the folder `ranks`."""
+EXIT_TERM = 128 + signal.SIGTERM
+"""Of a rank that the agent has ended, as shells write it."""
+STOP_SECONDS = 2.0
+"""After SIGTERM, for the file STOP to be seen."""
 LONGEST_WAIT = timedelta(hours=12)
 """For a collective operation: one rank may do something alone for long, and a dead one is seen by the launcher."""
 
@@ -33,6 +37,7 @@ LONGEST_WAIT = timedelta(hours=12)
 def main(work_dir: Path) -> int:
     """Run this rank's part; the exit code is 0 when it is done or has stopped, else 1."""
     _die_with_parent()
+    listen_for_term(work_dir)
     import torch
     import torch.distributed as dist
 
@@ -85,8 +90,6 @@ def _fail(work_dir: Path, rank: int, error: Exception) -> NoReturn:
 
 def _die_with_parent() -> None:
     """End at once when the worker is gone: a rank must never write beside the worker of the next attempt."""
-    # torchrun's own handling of signals is not ours: SIGTERM ends a rank even inside an operation that never returns.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -99,6 +102,35 @@ def _die_with_parent() -> None:
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def listen_for_term(work_dir: Path) -> None:
+    """End at SIGTERM, even inside an operation that never returns, unless it came with a wish to stop.
+
+    The agent sends it to a rank when another one has failed. Slurm sends it to every process of a job that it ends or
+    requeues: the worker has then made the file STOP, and there may be time to save.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # told at once, whatever the main thread is in
+
+    def default() -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=default)  # another program resets handlers by itself
+
+    def watch() -> None:
+        while True:
+            if os.read(read, 1) == bytes([signal.SIGTERM]):
+                deadline = time.monotonic() + STOP_SECONDS
+                while not (work_dir / STOP).exists():
+                    if time.monotonic() > deadline:
+                        os._exit(EXIT_TERM)
+                    time.sleep(0.05)
+
+    threading.Thread(target=watch, name="term-watch", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -5,45 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, PosttrainError
 from posttrain.pipeline.disk import disk_error, free_reserve, keep_reserve
-from posttrain.pipeline.events import Event, EventLog, EventReader
-from posttrain.pipeline.files import discard_tree, read_json, write_json, write_text
-from posttrain.pipeline.fingerprint import digest
-from posttrain.pipeline.graph import in_section
-from posttrain.pipeline.lock import Lock, LockHeld, held, holder
+from posttrain.pipeline.files import write_text
 from posttrain.pipeline.plan import Plan, StagePlan
-from posttrain.pipeline.progress import RunState, state_of
 from posttrain.pipeline.run_dir import FORMAT, RunDir
-from posttrain.pipeline.store import Artifact, damage
-
-if TYPE_CHECKING:
-    from posttrain.launch.job import Job
-    from posttrain.launch.local import LocalWorker
-
-POLL_SECONDS = 0.1
-
-
-class Display(Protocol):
-    """What shows a run's course to somebody."""
-
-    def event(self, event: Event, state: RunState) -> None:
-        """One event has come; `state` includes it."""
-
-    def note(self, text: str) -> None:
-        """A sentence for the reader."""
-
-
-class Quiet:
-    """Shows nothing."""
-
-    def event(self, event: Event, state: RunState) -> None:
-        return
-
-    def note(self, text: str) -> None:
-        return
+from posttrain.pipeline.run_report import update_report
+from posttrain.pipeline.stage_runner import Display, Interrupted, StageRunner
 
 
 @dataclass(frozen=True)
@@ -57,23 +27,11 @@ class RunResult:
     followed: bool = False
 
 
-class Interrupted(Exception):
-    """A second Ctrl-C: the worker has been killed."""
-
-
-class Execution:
+class Execution(StageRunner):
     """One execution of a plan; the caller holds the run's lock."""
 
     def __init__(self, plan: Plan, run_dir: RunDir, display: Display) -> None:
-        from posttrain.launch.signals import Interrupts
-
-        self.plan, self.run_dir, self.display = plan, run_dir, display
-        self.log = EventLog(run_dir.events_path)
-        self.reader = EventReader(run_dir.events_path, at_end=True)
-        self.state = state_of([], [planned.name for planned in plan.stages])
-        self.interrupts = Interrupts()
-        self.stopping = False
-        self.finished: dict[str, Artifact] = {}
+        super().__init__(plan, run_dir, display)
         self.repaired: set[str] = set()
         """Stages that were run again because their artifact was damaged; twice means a disk that cannot be trusted."""
 
@@ -104,17 +62,14 @@ class Execution:
             free_reserve(self.run_dir.path)
             self.log.append("run_finished", status=status, exit=code, message=message)
             self._show_events()
-        report = self._report() if code == EXIT_DONE else None
+        report = update_report(self.plan, self.run_dir, self.finished) if code == EXIT_DONE else None
         return RunResult(self.run_dir, code, message, report)
 
     def _freeze(self) -> None:
-        """Write run.json and the resolved recipe."""
-        created = self.run_dir.record()["created"] if self.run_dir.exists() else time.time()
-        record = make_record(self.plan, created)
-        text = self.plan.resolved.to_yaml()
-        if not self.run_dir.recipe_path.exists() or self.run_dir.recipe_path.read_text(encoding="utf-8") != text:
-            write_text(self.run_dir.recipe_path, text)
-        self.run_dir.write_record(record)
+        freeze(self.plan, self.run_dir)
+
+    def _retired(self, lost: list[StagePlan]) -> None:
+        self._freeze()
 
     def _stages(self) -> tuple[str, int, str]:
         for planned in self.plan.stages:
@@ -143,12 +98,6 @@ class Execution:
     def _how_to_continue(self) -> str:
         return f"continue with: posttrain resume {self.run_dir.name}"
 
-    def _cached(self, planned: StagePlan, artifact: Artifact) -> None:
-        self.finished[planned.name] = artifact
-        self.run_dir.link_artifact(planned.name, artifact.folder)
-        self.log.append("stage_cached", planned.name, key=planned.key)
-        discard_work(self.plan.store.work_dir(planned.stage.type, planned.key))
-
     def _stage_on_good_inputs(self, planned: StagePlan) -> tuple[str, str]:
         """`_stage`; where its worker finds inputs damaged, the stages that made them run again first."""
         status, message = self._stage(planned)
@@ -174,275 +123,15 @@ class Execution:
             status, message = self._stage(planned)
         return status, message
 
-    def _outcome(self, planned: StagePlan) -> dict[str, Any] | None:
-        from posttrain.launch.job import read_outcome
 
-        return read_outcome(self.plan.store.work_dir(planned.stage.type, planned.key))
-
-    def _stage(self, planned: StagePlan) -> tuple[str, str]:
-        """Run one stage to its end; returns "done", "cached", "stopped" or "failed", and why."""
-        work_dir = self.plan.store.work_dir(planned.stage.type, planned.key)
-        claim = self._claim(planned, work_dir)
-        if claim is None:
-            return "stopped", ""
-        with claim:
-            return self._claimed(planned, work_dir, claim)
-
-    def _claim(self, planned: StagePlan, work_dir: Path) -> Lock | None:
-        """The right to look after a work folder, once no other runner has it; None when a stop was asked for."""
-        from posttrain.launch.job import CLAIM, LOCK, Job
-        from posttrain.launch.local import end_orphan
-
-        told = False
-        while True:
-            try:
-                claim = Lock.acquire(work_dir / CLAIM, patience=0)
-            except LockHeld:
-                claim = None
-            try:
-                if claim is not None and held(work_dir / LOCK) and Job.read(work_dir).attended:
-                    self.display.note(f"{planned.name}: waiting for the worker of an earlier, dead runner to end")
-                    end_orphan(work_dir)
-            except BaseException:
-                if claim is not None:
-                    claim.release()
-                raise
-            if claim is not None and not held(work_dir / LOCK):
-                return claim
-            if claim is not None:
-                claim.release()
-            if not told:
-                who = holder(work_dir / CLAIM) or holder(work_dir / LOCK)
-                whose = f" ({who})" if who is not None else ""
-                self.display.note(f"{planned.name}: another run{whose} is computing it; waiting for that")
-                told = True
-            self._show_events()
-            if self._stop_wanted():
-                return None
-            time.sleep(POLL_SECONDS)
-
-    def _claimed(self, planned: StagePlan, work_dir: Path, claim: Lock) -> tuple[str, str]:
-        """Run one stage whose work folder is ours."""
-        from posttrain.launch.job import clear_work
-        from posttrain.launch.local import LocalWorker
-        from posttrain.pipeline.rerun import files_before
-
-        store, type_, key = self.plan.store, planned.stage.type, planned.key
-        before = files_before(store, type_, key)
-        # Asked again: another runner may have made it anew meanwhile.
-        if planned.damaged and damage(store.folder(type_, key)):
-            store.set_damaged(type_, key)
-        planned.damaged = False
-        artifact = store.find(type_, key)
-        if artifact is not None and not planned.forced:
-            self._cached(planned, artifact)
-            discard_tree(work_dir)
-            return "cached", ""
-        if planned.forced:
-            clear_work(work_dir)
-            if artifact is not None:
-                store.set_aside(type_, key)
-        try:
-            job = self._job(planned)
-        except PosttrainError as error:
-            problems = in_section(error.problems, planned.stage, planned.name)
-            return self._failed(planned, "\n".join(map(str, problems)))
-        worker = LocalWorker.start(job, work_dir)
-        self.log.append("stage_started", planned.name, attempt=job.attempt, pid=worker.pid, log=job.log)
-        try:
-            code = self._attend(worker)
-        except Interrupted:
-            self.log.append("stage_stopped", planned.name, message="killed by a second Ctrl-C")
-            raise
-        except BaseException:
-            worker.kill()
-            raise
-        if not claim.held:
-            who = holder(claim.path)
-            what = f"stage {planned.name}: {who or 'another process'} has taken over its work folder, as this runner "
-            return self._failed(planned, f"{what}showed no life for a while; it goes on there")
-        how = self._conclude(planned, job, code)
-        if before is not None and planned.name in self.finished:
-            self._rerun_descendants(planned, before)
-        return how
-
-    def _rerun_descendants(self, planned: StagePlan, before: dict[str, Any]) -> None:
-        """When a stage that was run again came out differently, have what was made from its old outputs made again."""
-        from posttrain.pipeline.rerun import files_of, retire_descendants
-
-        after = files_of(self.finished[planned.name].manifest)
-        lost = retire_descendants(self.plan, planned.name, before, after)
-        for stale in lost:
-            self.finished.pop(stale.name, None)
-            (self.run_dir.path / "artifacts" / stale.name).unlink(missing_ok=True)
-            then = "it runs again" if stale.selected else "left out now, the next run makes it again"
-            self.display.note(f"{stale.name}: made from outputs of {planned.name} that were replaced; {then}")
-        if lost:
-            self._freeze()
-
-    def _job(self, planned: StagePlan) -> Job:
-        """The job with the inputs' measured metas; raises RecipeError when they do not fit after all."""
-        from posttrain.launch.job import Job
-
-        parents = {name: self.finished[one.stage] for name, one in planned.inputs.items()}
-        metas = {name: parents[name].metas[one.output] for name, one in planned.inputs.items()}
-        predicted = planned.stage.describe(planned.cfg, metas)
-        attempt = self.run_dir.next_attempt(planned.name)
-        engine, debug = self.plan.resolved.frame.engine, self.plan.resolved.frame.debug
-        return Job(
-            stage=planned.name,
-            type=planned.stage.type,
-            key=planned.key,
-            document=planned.document,
-            config=planned.cfg.model_dump(mode="json"),
-            seed=self.plan.resolved.frame.seed,
-            inputs={
-                name: {
-                    "reference": one.reference,
-                    "path": str(parents[name].output(one.output)),
-                    "key": one.key,
-                    "output": one.output,
-                    "meta": metas[name].to_json(),
-                }
-                for name, one in planned.inputs.items()
-            },
-            predicted={name: meta.to_json() for name, meta in predicted.items()},
-            estimate=planned.to_json()["estimate"],
-            target=str(self.plan.store.folder(planned.stage.type, planned.key)),
-            events=str(self.run_dir.events_path),
-            device=engine.device,
-            ranks=engine.ranks if planned.stage.parallel else 1,
-            nodes=engine.nodes if planned.stage.parallel else 1,
-            attempt=attempt,
-            log=None if debug.inline else str(self.run_dir.log_path(planned.name, attempt)),
-            tracker=self._tracker(),
-            debug=debug.model_dump(mode="json"),
-            profile=str(self.run_dir.path / "profile" / planned.name) if debug.profile_steps else None,
-            environment=engine.model_dump(mode="json"),
-            recipe={**self.plan.resolved.account(), "run": self.run_dir.name},
-        )
-
-    def _tracker(self) -> dict[str, Any] | None:
-        tracker = self.plan.resolved.frame.tracker
-        return None if tracker.name == "none" else {**tracker.model_dump(mode="json"), "dir": str(self.run_dir.path)}
-
-    def _attend(self, worker: LocalWorker) -> int:
-        """Follow a worker's events until it ends, passing on the wish to stop; returns its exit code."""
-        passed_on = False
-        while (code := worker.wait(POLL_SECONDS)) is None:
-            self._show_events()
-            if self.interrupts.count > 1:
-                worker.kill()
-                raise Interrupted
-            if self._stop_wanted() and not passed_on:
-                passed_on = True
-                worker.stop()
-        return code
-
-    def _stop_wanted(self) -> bool:
-        """Whether Ctrl-C, SIGTERM or `posttrain cancel` asked for an end."""
-        if self.interrupts.count and not self.stopping:
-            self.stopping = True
-            self.log.append("stop_requested", source="signal")
-            self.display.note("stopping: the stage saves its state first (Ctrl-C again ends it at once)")
-        return self.stopping
-
-    def _conclude(self, planned: StagePlan, job: Job, code: int) -> tuple[str, str]:
-        self._show_events()
-        work_dir = self.plan.store.work_dir(planned.stage.type, planned.key)
-        outcome = self._outcome(planned)
-        artifact = self.plan.store.find(planned.stage.type, planned.key)
-        if artifact is not None:
-            self.finished[planned.name] = artifact
-            self.run_dir.link_artifact(planned.name, artifact.folder)
-            discard_tree(work_dir)
-            self.log.append("stage_finished", planned.name, seconds=artifact.manifest["seconds"])
-            return "done", ""
-        if outcome is not None and outcome["status"] == "stopped":
-            self.log.append("stage_stopped", planned.name, step=outcome["step"])
-            return "stopped", ""
-        if outcome is None and self.stopping:
-            self.log.append("stage_stopped", planned.name, message="ended before it could save")
-            return "stopped", ""
-        message = self._failure(planned, job, outcome, code)
-        if outcome is not None and outcome.get("damaged"):
-            return "damaged", message
-        return self._failed(planned, message)
-
-    def _failure(self, planned: StagePlan, job: Job, outcome: dict[str, Any] | None, code: int) -> str:
-        lines = [f"stage {planned.name} failed"]
-        if outcome is None:
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            memory = "; the system kills processes that take too much memory" if code == -9 else ""
-            lines = [f"the worker of stage {planned.name} {how} without saying why{memory}"]
-        elif outcome.get("known"):
-            lines.append(outcome["message"])
-        else:
-            lines.append(outcome.get("traceback") or outcome.get("message", ""))
-        if job.log is not None:
-            lines.append(f"  log: {job.log}")
-        resume = f"posttrain resume {self.run_dir.name}"
-        # A resumed run keeps its recipe, so a fix of the recipe cannot be followed by that.
-        advised = outcome is not None and outcome.get("advised")
-        lines.append(
-            f"  or, when the cause lies outside the recipe: {resume}"
-            if advised
-            else f"  do: {resume}, once the cause is gone"
-        )
-        return "\n".join(lines)
-
-    def _failed(self, planned: StagePlan, message: str) -> tuple[str, str]:
-        self.log.append("stage_failed", planned.name, message=message)
-        if planned.forced and self.plan.store.restore(planned.stage.type, planned.key):
-            self.display.note(f"{planned.name}: the artifact that --force had set aside is back")
-        return "failed", message
-
-    def _show_events(self) -> None:
-        for event in self.reader.poll():
-            self.state.update(event)
-            self.display.event(event, self.state)
-            if event["event"] == "stop_requested":
-                self.stopping = True
-
-    def _report(self) -> Path:
-        """Build the report, unless nothing has changed since it was built."""
-        content = {"format": FORMAT, "made_from": self._report_inputs()}
-        if self.run_dir.report_path.exists() and self._last_report() == content:
-            return self.run_dir.report_path
-        from posttrain import report
-
-        path = report.build(self.run_dir.path)
-        write_json(self.run_dir.report_record_path, content)
-        return path
-
-    def _report_inputs(self) -> str:
-        """Digest of what the report is made of: the run's facts and the artifacts there are, of whichever run."""
-        resolved = self.plan.resolved
-        facts = [resolved.account(), resolved.frame.seed]
-        artifacts = {name: artifact.manifest["sha256"] for name, artifact in self.finished.items()}
-        stages = [[planned.name, planned.key, artifacts.get(planned.name)] for planned in self.plan.stages]
-        return digest([self.run_dir.name, facts, stages])
-
-    def _last_report(self) -> Any:
-        try:
-            return read_json(self.run_dir.report_record_path)
-        except (OSError, ValueError):
-            return None
-
-
-def discard_work(work_dir: Path) -> bool:
-    """Remove a work folder unless somebody works in it; true when it is gone."""
-    from posttrain.launch.job import CLAIM, LOCK
-
-    if not work_dir.exists():
-        return True
-    try:
-        # In a runner's order: it claims the folder first and starts a worker then.
-        with Lock.acquire(work_dir / CLAIM, patience=0), Lock.acquire(work_dir / LOCK, patience=0):
-            discard_tree(work_dir)
-    except LockHeld:
-        return False
-    return True
+def freeze(plan: Plan, run: RunDir) -> None:
+    """Write run.json and the resolved recipe."""
+    created = run.record()["created"] if run.exists() else time.time()
+    record = make_record(plan, created)
+    text = plan.resolved.to_yaml()
+    if not run.recipe_path.exists() or run.recipe_path.read_text(encoding="utf-8") != text:
+        write_text(run.recipe_path, text)
+    run.write_record(record)
 
 
 def make_record(plan: Plan, created: float) -> dict[str, Any]:

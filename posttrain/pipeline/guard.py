@@ -21,7 +21,11 @@ def guard(plan: Plan) -> list[str]:
         RecipeError: with every excess, its cost, and the remedy.
     """
     remedy = _remedy(plan)
-    device, capacity, unknown = _capacity(plan.resolved.frame.engine.device) if plan.to_do else ("", None, [])
+    device, capacity, unknown = "", None, []
+    if plan.to_do and plan.resolved.frame.launcher.type == "slurm":
+        unknown = ["memory of the cluster's nodes, so the plan was not compared with it"]
+    elif plan.to_do:
+        device, capacity, unknown = _capacity(plan.resolved.frame.engine.device)
     problems = []
     for planned in plan.to_do:
         for problem in (_tokens(planned, remedy), _memory(planned, device, capacity, remedy)):

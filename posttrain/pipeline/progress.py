@@ -93,7 +93,8 @@ class StageState:
         self._points.append((event["time"], event["done"]))
 
     def _end(self, event: Event) -> None:
-        self.status = ENDS[event["event"]]
+        # A job that is to be requeued waits in the queue as if it had been submitted again.
+        self.status = "queued" if event.get("requeue") else ENDS[event["event"]]
         self.message = str(event.get("message", ""))
         self.step = event.get("step", self.step)
         self._leave_off(event["time"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain.errors import RecipeError
-from posttrain.pipeline.execution import discard_work
 from posttrain.pipeline.plan import Plan, StagePlan
+from posttrain.pipeline.stage_runner import discard_work
 from posttrain.pipeline.store import MANIFEST, Store, read_artifact
 
 Files = dict[str, Any]

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from posttrain.errors import EXIT_DONE, Problem, RecipeError
 from posttrain.pipeline.events import EventReader
-from posttrain.pipeline.execution import POLL_SECONDS, Display, Execution, Quiet, RunResult
+from posttrain.pipeline.execution import Execution, RunResult
 from posttrain.pipeline.lock import Lock, LockHeld, Owner, held
 from posttrain.pipeline.plan import Plan
 from posttrain.pipeline.progress import RunState
 from posttrain.pipeline.run_dir import RunDir
+from posttrain.pipeline.stage_runner import POLL_SECONDS, Display, Quiet
 
 
 def plan_and_run(make: Callable[[], Plan], display: Display | None = None, *, yes: bool = False) -> RunResult:

@@ -17,11 +17,11 @@ from posttrain.errors import (
     Problem,
     RecipeError,
 )
-from posttrain.pipeline.execution import Display
 from posttrain.pipeline.files import read_json, write_json
 from posttrain.pipeline.fingerprint import digest
 from posttrain.pipeline.plan import Plan
 from posttrain.pipeline.runner import RunResult, check_name, check_selection, run_plan
+from posttrain.pipeline.stage_runner import Display
 
 FORMAT = 1
 RECORD = "sweep.json"
@@ -92,15 +92,7 @@ def run_sweep(
     A stop ends the sweep: the same command goes on, since what is done is in the store.
     """
     folder = outputs / "sweeps" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "name": name,
-        "recipe": recipe,
-        "overrides": list(overrides),
-        "created": _created(folder) or time.time(),
-        "points": [{"values": point.values, "run": None, "status": "pending"} for point in points],
-    }
+    record = new_record(folder, recipe, overrides, [point.values for point in points])
     failed: list[tuple[str, str]] = []
     code = EXIT_DONE
     for number, (point, entry) in enumerate(zip(points, record["points"], strict=True), 1):
@@ -111,20 +103,43 @@ def run_sweep(
         except PosttrainError as error:
             entry["status"] = "failed"
             failed.append((text, str(error)))
-            write_json(folder / RECORD, record)
+            save_record(folder, record)
             continue
         entry |= {"run": result.run_dir.name, "status": _status(result)}
-        write_json(folder / RECORD, record)
+        save_record(folder, record)
         if result.exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):
             code = result.exit_code
             break
         if result.exit_code != EXIT_DONE:
             failed.append((text, result.message))
+    report = compare_points(folder, outputs, record)
+    return SweepResult(folder, code or (EXIT_FAILED if failed else EXIT_DONE), failed, report)
+
+
+def new_record(folder: Path, recipe: str, overrides: Sequence[str], values: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """The content of a sweep's `sweep.json` before any point has run; makes its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "format": FORMAT,
+        "name": folder.name,
+        "recipe": recipe,
+        "overrides": list(overrides),
+        "created": _created(folder) or time.time(),
+        "points": [{"values": one, "run": None, "status": "pending"} for one in values],
+    }
+
+
+def save_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write a sweep's `sweep.json`."""
+    write_json(folder / RECORD, record)
+
+
+def compare_points(folder: Path, outputs: Path, record: dict[str, Any]) -> Path | None:
+    """Build the report that compares the runs of a sweep; None when there are none."""
     from posttrain.report import compare
 
     runs = [entry["run"] for entry in record["points"] if entry["run"]]
-    report = compare(folder, [outputs / "runs" / run for run in runs], record) if runs else None
-    return SweepResult(folder, code or (EXIT_FAILED if failed else EXIT_DONE), failed, report)
+    return compare(folder, [outputs / "runs" / run for run in runs], record) if runs else None
 
 
 def _status(result: RunResult) -> str:

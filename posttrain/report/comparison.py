@@ -44,7 +44,9 @@ def entries_of(folders: Sequence[Path], record: Json | None = None) -> list[Entr
     runs = [read_run(folder) for folder in folders]
     swept = {point["run"]: point for point in (record or {}).get("points", [])}
     if record is not None:
-        return [Entry(run, dict(swept[run.name]["values"]), swept[run.name]["status"]) for run in runs]
+        # What became of runs that were submitted to a cluster is in their own events alone.
+        told = {name: point["status"] for name, point in swept.items() if point["status"] != "submitted"}
+        return [Entry(run, dict(swept[run.name]["values"]), told.get(run.name, run.status)) for run in runs]
     differing = differing_settings(runs)
     return [
         Entry(run, {key: values[index] for key, values in differing.items()}, run.status)

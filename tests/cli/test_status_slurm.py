@@ -77,7 +77,8 @@ def test_a_requeued_stage_is_queued_again_and_keeps_its_time(run: RunDir) -> Non
     submit(run)
     say(run, "stage_started", "a", job="17", node="n4", attempt=1)
     time.sleep(0.05)
-    say(run, "stage_stopped", "a", step=3)
+    say(run, "stage_stopped", "a", step=3, requeue=True)
+    assert activity_of(run).state.stages["a"].status == "queued", "before Slurm has started it again"
     say(run, "stage_requeued", "a", job="17", restarts=1)
     state = activity_of(run).state.stages["a"]
     assert (state.status, state.job, state.node) == ("queued", "17", "") and state.seconds >= 0.05

@@ -13,9 +13,10 @@ from posttrain.launch import execute, worker
 from posttrain.launch.execute import check_result, execute_job
 from posttrain.launch.job import Job, read_outcome
 from posttrain.pipeline.events import read_events
-from posttrain.pipeline.execution import Execution, Quiet
+from posttrain.pipeline.execution import Execution
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.stage import ArtifactMeta
+from posttrain.pipeline.stage_runner import Quiet
 from posttrain.pipeline.store import CODE_DIFF, verify
 
 

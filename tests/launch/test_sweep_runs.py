@@ -13,9 +13,9 @@ from posttrain.cli import report as report_command
 from posttrain.config.sweep import Point
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, StageError
 from posttrain.pipeline import sweep as sweep_module
-from posttrain.pipeline.execution import Quiet
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.run_dir import RunDir
+from posttrain.pipeline.stage_runner import Quiet
 from posttrain.pipeline.sweep import SweepPoint, check_sweep, find_sweep, run_sweep, sweep_name
 from posttrain.report.comparison import best, differing_settings, entries_of
 from posttrain.report.read import read_run

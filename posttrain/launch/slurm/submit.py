@@ -1,0 +1,196 @@
+"""Submit a run: a job for every stage that is neither done nor in the queue, each after those it needs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import EXIT_FAILED, Problem, RecipeError, StageError
+from posttrain.launch.slurm.commands import queued, sbatch, scancel
+from posttrain.launch.slurm.ledger import dependencies_of, read_ledger
+from posttrain.launch.slurm.script import Place, script_text
+from posttrain.pipeline.execution import Execution, RunResult, freeze
+from posttrain.pipeline.files import write_text
+from posttrain.pipeline.lock import Lock, LockHeld
+from posttrain.pipeline.plan import Plan, StagePlan
+from posttrain.pipeline.run_dir import RunDir
+from posttrain.pipeline.runner import check_name, check_selection
+from posttrain.pipeline.stage_runner import Display, StageRunner
+
+After = Mapping[str, tuple[str, str]]
+"""What a job waits for: stage to (policy, job)."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What a submission has come to.
+
+    Attributes:
+        jobs: stage to job, of all that the run now waits for; kept: those that were in the queue before.
+        result: the run's end, when nothing was to do.
+    """
+
+    run: RunDir
+    jobs: dict[str, str] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    result: RunResult | None = None
+
+
+def to_submit(plan: Plan) -> list[StagePlan]:
+    """The stages that need a job: what is to do, and what may have to be made again because something before it is."""
+    again = {one.name for one in plan.stages if one.to_do and (one.forced or one.damaged)}
+    found = []
+    for planned in plan.stages:
+        if planned.selected and any(one.stage in again for one in planned.inputs.values()):
+            again.add(planned.name)
+        if planned.to_do or planned.name in again:
+            found.append(planned)
+    return found
+
+
+def needs(plan: Plan, planned: StagePlan) -> dict[str, str]:
+    """Stages that a stage waits for, each with the policy of the edge."""
+    policies = plan.resolved.frame.launcher.dependencies.get(planned.name, {})
+    parents = dict.fromkeys(one.stage for one in planned.inputs.values())
+    return {parent: policies.get(parent, "afterok") for parent in parents}
+
+
+def arguments(after: After, script: Path) -> list[str]:
+    """What sbatch is called with. `after`: stage to (policy, job)."""
+    found = ["--parsable", "--export=ALL"]
+    if after:
+        # Without the second, a job whose condition can no longer come true would wait for ever.
+        found += [f"--dependency={dependencies_of(after)}", "--kill-on-invalid-dep=yes"]
+    return [*found, str(script)]
+
+
+def place_of(run: RunDir) -> Place:
+    return Place(run.path / "slurm", run.name, run=run.path)
+
+
+def dry_run(plan: Plan) -> str:
+    """The files and commands of a submission, as a shell script of their own."""
+    stages, place = to_submit(plan), place_of(plan.run_dir)
+    parts = [f"# {place.name}: {len(stages)} jobs, {len(plan.stages) - len(stages)} stages in the store or left out"]
+    for planned in stages:
+        parts.append(f"# ==> {place.script(planned.name)} <==\n{script_text(plan, planned, place, Path.cwd())}")
+    names = {planned.name: planned.name.replace(".", "_") for planned in stages}
+    lines = ["# ==> the commands <=="]
+    for planned in stages:
+        after = {one: (policy, f"${names[one]}") for one, policy in needs(plan, planned).items() if one in names}
+        words = [word if "$" in word else shlex.quote(word) for word in arguments(after, place.script(planned.name))]
+        lines.append(f"{names[planned.name]}=$(sbatch {' '.join(words)})")
+    return "\n".join([*parts, *lines])
+
+
+def submit(plan: Plan, display: Display) -> Submitted:
+    """Submit what a plan has to do; a job that is queued or running already is kept.
+
+    Raises:
+        RecipeError: nothing was submitted: the run cannot be, or another process executes it.
+        StageError: Slurm refused a job; those submitted before it are cancelled.
+    """
+    check_selection(plan)
+    check_name(plan)
+    run = plan.run_dir
+    try:
+        lock = Lock.acquire(run.lock_path, patience=5.0)
+    except LockHeld as error:
+        what = f"run {run.name} is executed by {error.owner or 'another process'}"
+        raise RecipeError(what, str(run.path), "wait for it, or end it first: posttrain cancel") from error
+    with lock:
+        stages = to_submit(plan)
+        if not stages:
+            return Submitted(run, result=Execution(plan, run, display).run_all())
+        return Submission(plan, run, display).submit(stages, queued())
+
+
+class Submission(StageRunner):
+    """One submission of a run; the caller holds the run's lock, for which the jobs wait before they begin."""
+
+    def begin(self, stages: list[StagePlan], there: Mapping[str, str], **facts: Any) -> dict[str, str]:
+        """Write down what is to come; stage to job of those that are in the queue already."""
+        freeze(self.plan, self.run_dir)
+        facts |= {"recipe": self.plan.resolved.recipe, "stages": len(self.plan.stages)}
+        self.log.append("run_started", launcher="slurm", expected=[planned.name for planned in stages], **facts)
+        # What has ended until now, in the eyes of the events; what ends from here on is the new ledger's.
+        events = self.run_dir.events()
+        last = max(index for index, event in enumerate(events) if event["event"] == "run_started")
+        active = {name: job for name, job in read_ledger(self.run_dir, events[:last]).jobs.items() if job in there}
+        for planned in self.plan.stages:
+            if planned.artifact is not None and planned not in stages:
+                self._cached(planned, planned.artifact)
+        return {one.name: active[one.name] for one in stages if one.name in active and not one.forced}
+
+    def record(self, planned: StagePlan, job: str, after: After, script: Path, **facts: Any) -> None:
+        """Write down that a stage's job is in the queue."""
+        policies = {name: policy for name, (policy, _) in after.items()}
+        facts |= {"job": job, "after": policies, "dependency": dependencies_of(after), "script": str(script)}
+        self.log.append("stage_submitted", planned.name, **facts)
+
+    def submit(self, stages: list[StagePlan], there: Mapping[str, str]) -> Submitted:
+        """Submit every stage that is not in the queue yet."""
+        kept, place = self.begin(stages, there), place_of(self.run_dir)
+        jobs: dict[str, str] = {}
+        try:
+            for planned in stages:
+                name = planned.name
+                after = {one: (policy, jobs[one]) for one, policy in needs(self.plan, planned).items() if one in jobs}
+                jobs[name] = kept[name] if name in kept else send(self.plan, planned, place, after)
+                self.record(planned, jobs[name], after, place.script(name), kept=name in kept)
+        except BaseException as error:
+            undo([self], {job for name, job in jobs.items() if name not in kept}, error)
+            raise
+        return Submitted(self.run_dir, jobs, list(kept))
+
+
+def send(plan: Plan, planned: StagePlan, place: Place, after: After) -> str:
+    """Write a stage's script and submit it; the job's id."""
+    script = place.script(planned.name)
+    script.parent.mkdir(parents=True, exist_ok=True)
+    write_text(script, script_text(plan, planned, place, Path.cwd()))
+    try:
+        return sbatch(arguments(after, script))
+    except StageError as error:
+        problem = error.problems[0]
+        what = f"Slurm did not take the job of stage {planned.name}: {problem.what}"
+        fix = problem.fix or f"correct launcher or launcher.stages.{planned.name}, then the same command"
+        raise StageError(what, problem.where, fix) from error
+
+
+def undo(submissions: Iterable[Submission], jobs: Collection[str], error: BaseException) -> None:
+    """Cancel the jobs that were submitted before an error, end the runs, and have the error say so."""
+    why = "the submission failed"
+    listed, problems = ", ".join(sorted(jobs)), []
+    try:
+        scancel(jobs)
+    except StageError as second:
+        problems = [Problem(f"jobs {listed} could not be cancelled: {second}", fix="scancel them")]
+    for one in submissions:
+        for name, entry in read_ledger(one.run_dir).left.items():
+            if entry.job is None or entry.job.partition("_")[0] in jobs:
+                one.log.append("stage_cancelled", name, job=entry.job, message=why)
+        # Jobs that were in the queue before go on; the last of them ends the run.
+        if not read_ledger(one.run_dir).left:
+            one.log.append("run_finished", status="failed", exit=EXIT_FAILED, message=f"{why}: {error}")
+    if isinstance(error, StageError):
+        first = error.problems[0]
+        done = f"; the jobs submitted before it are cancelled ({listed})" if jobs and not problems else ""
+        error.problems[:] = [Problem(f"{first.what}{done}", first.where, first.fix), *problems]
+        error.args = ("\n".join(map(str, error.problems)),)
+
+
+def told(submitted: Submitted) -> list[str]:
+    """What to tell who submitted a run."""
+    run = submitted.run
+    if submitted.result is not None:
+        return [f"run: {run.path}", "nothing to submit: every stage is in the store"]
+    width = max(len(name) for name in submitted.jobs)
+    lines = [
+        f"  {name:{width}}  {job}{'  (in the queue already)' if name in submitted.kept else ''}"
+        for name, job in submitted.jobs.items()
+    ]
+    return [f"run {run.name}: {len(submitted.jobs)} jobs", *lines, f"follow it with: posttrain status {run.name}"]

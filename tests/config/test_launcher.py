@@ -1,0 +1,75 @@
+"""The launcher section: checked like the rest of a recipe, against the stages there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli.submit import command
+from posttrain.config import load_recipe
+from posttrain.config.launcher import minutes
+from posttrain.config.recipe import load_resolved
+from posttrain.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("typed", "what", "fix"),
+    [
+        ("launcher.stages.distil.time=1:00:00", "no stage `distil`", "write distill instead of distil"),
+        ("launcher.stages.distill.tme=1:00:00", "no key `tme`", "write launcher.stages.distill.time=1:00:00"),
+        (
+            "launcher.dependencies.distill.upcycl=afterany",
+            "takes nothing from `upcycl`",
+            "write upcycle instead of upcycl",
+        ),
+        (
+            "launcher.dependencies.distill.evaluate=afterany",
+            "takes nothing from `evaluate`",
+            "the names are data, model, up",
+        ),
+        ("launcher.dependencies.distill.upcycle=after", "afterok", "write launcher.dependencies."),
+        ("launcher.time=90", "no unit", ""),
+        ("launcher.mem=lots", "launcher.mem", ""),
+    ],
+)
+def test_mistakes_are_told_with_their_cure(typed: str, what: str, fix: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("x_ecomla", ["scale=smoke", "launcher=slurm", typed])
+    (problem,) = caught.value.problems
+    assert what in problem.what and problem.where == typed and problem.fix.startswith(fix)
+
+
+def test_settings_for_jobs_need_a_launcher_that_makes_some() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("x_ecomla", ["launcher.mem=4G"])
+    (problem,) = caught.value.problems
+    assert "no effect with launcher=local" in problem.what and problem.fix == "write launcher=slurm"
+
+
+def test_a_stages_own_resources_replace_the_launchers(tmp_path: Path) -> None:
+    typed = [
+        "launcher=slurm_example",
+        "launcher.stages.distill.time=1-00:00:00",
+        "launcher.stages.distill.gpus_per_node=0",
+    ]
+    resolved = load_recipe("x_ecomla", typed)
+    launcher = resolved.frame.launcher
+    assert launcher.of("distill").time == "1-00:00:00" and launcher.of("evaluate").time == "12:00:00"
+    assert launcher.of("distill").gpus_per_node == 0 and launcher.of("distill").partition == "gpu"
+    frozen = tmp_path / "recipe.yaml"
+    frozen.write_text(resolved.to_yaml())
+    assert load_resolved(frozen).frame.launcher == launcher
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("30", 30), ("1:30", 1.5), ("2:00:00", 120), ("1-0", 1440), ("1-12:30", 2190), ("2-00:00:30", 2880.5)],
+)
+def test_times_are_read_as_slurm_reads_them(time: str, expected: float) -> None:
+    assert minutes(time) == expected
+
+
+def test_submit_with_a_launcher_that_starts_no_jobs() -> None:
+    with pytest.raises(RecipeError, match="launcher=local starts no jobs"):
+        command("x_ecomla", ["scale=smoke", "launcher=local"])

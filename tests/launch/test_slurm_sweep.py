@@ -1,0 +1,109 @@
+"""Submitted sweeps: one job for what points share, arrays for what they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_slurm import FakeSlurm
+from submitted_runs import recipe
+
+from posttrain.errors import StageError
+from posttrain.launch.slurm.ledger import read_ledger
+from posttrain.launch.slurm.sweep import count_of, submit_sweep
+from posttrain.pipeline.plan import make_plan
+from posttrain.pipeline.stage_runner import Quiet
+
+
+def points(*rates, **launcher):
+    found = []
+    for number, rate in enumerate(rates, 1):
+        frame = {"launcher": {"name": "slurm", "type": "slurm", **launcher}, "run": {"name": f"point-{number}"}}
+        found.append(make_plan(recipe(frame=frame, lr=rate)))
+    return found
+
+
+def send(plans):
+    return submit_sweep(plans, Path("outputs/sweeps/many").absolute(), Quiet())
+
+
+def test_shared_stages_once_and_the_others_as_arrays(slurm: FakeSlurm):
+    jobs = send(points(0.1, 0.2, 0.3))
+    first, second, third = slurm.named("sbatch")
+    assert first[-1].endswith("runs/point-1/slurm/source.sh")
+    assert "--dependency=afterok:101" in second and second[-1].endswith("sweeps/many/slurm/train.sh")
+    assert "--dependency=aftercorr:102,afterok:101" in third
+    assert [one["source"] for one in jobs] == ["101"] * 3
+    assert [one["train"] for one in jobs] == ["102_0", "102_1", "102_2"]
+    assert count_of(jobs) == 7
+    text = Path("outputs/sweeps/many/slurm/train.sh").read_text()
+    assert "#SBATCH --array=0-2" in text and "train-%A_%a.out" in text
+    assert "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in text
+    runs = Path("outputs/sweeps/many/slurm/train-0.runs").read_text().split()
+    assert [Path(run).name for run in runs] == ["point-1", "point-2", "point-3"]
+
+
+def test_a_shared_stage_is_every_runs_and_a_runs_own_are_its_own(slurm, job, monkeypatch, reports):
+    plans = points(0.1, 0.2)
+    send(plans)
+    assert job(plans[0], "source") == 0
+    for plan in plans:
+        assert read_ledger(plan.run_dir).entries["source"].status == "done"
+    for number, plan in enumerate(plans):
+        for array, stage in (("102", "train"), ("103", "evaluate")):
+            monkeypatch.setenv("SLURM_ARRAY_JOB_ID", array)
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+            assert job(plan, stage) == 0
+        assert plan.run_dir.events()[-1]["status"] == "done"
+    assert len(reports) == 2
+    computed = [e["stage"] for p in plans for e in p.run_dir.events() if e["event"] == "stage_finished"]
+    assert sorted(computed) == ["evaluate", "evaluate", "source", "train", "train"]
+
+
+def test_a_shared_stage_that_fails_ends_all_runs(slurm, job):
+    plans = points(0.1, 0.2)
+    send(plans)
+    Path("outside.txt").write_text("changed")
+    assert job(plans[0], "source") == 1
+    for plan in plans:
+        assert plan.run_dir.events()[-1]["status"] == "failed"
+        cancelled = [e["stage"] for e in plan.run_dir.events() if e["event"] == "stage_cancelled"]
+        assert set(cancelled) >= {"train", "evaluate"}
+    assert {"102_0", "102_1", "103_0", "103_1"} <= {word for call in slurm.named("scancel") for word in call}
+
+
+def test_points_that_want_other_resources_have_jobs_of_their_own(slurm):
+    plans = [*points(0.1), *points(9, 0.2, mem="5G")[1:]]
+    send(plans)
+    scripts = [call[-1] for call in slurm.named("sbatch")]
+    assert all("/runs/point-" in script for script in scripts) and len(scripts) == 5
+
+
+def test_what_one_point_has_in_the_queue_others_take_too(slurm):
+    plans = points(0.1, 0.2)
+    send(plans)
+    for task in ("102_0", "102_1", "103_0", "103_1"):
+        slurm.set(task, "CANCELLED")
+    again = send(points(0.1, 0.2))
+    assert [one["source"] for one in again] == ["101", "101"]
+    assert "--dependency=afterok:101" in slurm.named("sbatch")[3]
+
+
+def test_a_point_that_is_done_already_ends_at_once(slurm, job, reports):
+    plans = points(0.1)
+    send(plans)
+    for stage in ("source", "train", "evaluate"):
+        assert job(plans[0], stage) == 0
+    first, second = points(0.1, 0.2)
+    jobs = send([first, second])
+    assert jobs[0] == {} and set(jobs[1]) == {"train", "evaluate"}
+    assert first.run_dir.events()[-1]["status"] == "done" and second.run_dir.events()[-1]["event"] != "run_finished"
+
+
+def test_a_refused_array_ends_the_sweep(slurm):
+    slurm.refuse("sbatch", after=1)
+    plans = points(0.1, 0.2)
+    with pytest.raises(StageError, match="submitted before it are cancelled"):
+        send(plans)
+    assert slurm.state("101") == "CANCELLED"
+    assert all(plan.run_dir.events()[-1]["event"] == "run_finished" for plan in plans)
