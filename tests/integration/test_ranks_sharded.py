@@ -82,6 +82,7 @@ def test_a_killed_rank_is_a_clear_failure_in_seconds_and_resumes(
     assert deterministic_part(outputs, "distill") == deterministic_part(whole, "distill")
 
 
+@pytest.mark.slow
 def test_another_engine_goes_on_with_the_same_stage(undisturbed: Path, whole: Path, tmp_path: Path) -> None:
     """Stopped under zero3 on two ranks, gone on with under fsdp2 on one; a whole-model engine is refused."""
     outputs = tmp_path / "outputs"
