@@ -69,8 +69,17 @@ def test_a_text_goes_on_from_its_cache(order: str) -> None:
     whole = torch.ones_like(first.sequences)
     second = model.generate(first.sequences, attention_mask=whole, past_key_values=first.past_key_values, **half)
     assert torch.equal(second.sequences, once)
-    first.past_key_values.reset()
-    assert first.past_key_values.get_seq_length() == 0
+
+
+def test_a_cache_of_states_alone_counts_and_forgets() -> None:
+    model, ids = make_hybrid(ORDERS["states alone"]), token_ids(2, 9)
+    cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :2], past_key_values=cache)
+    assert cache.get_seq_length() == 11
+    cache.reset()
+    with torch.no_grad():
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
 
 
 @each_order
