@@ -14,6 +14,7 @@ from posttrain.models.upcycled.configuration_upcycled import UpcycledConfig
 from posttrain.models.upcycled.modeling_upcycled import UpcycledForCausalLM
 from posttrain.training.adapters import linear_layers
 from posttrain.training.estimate import SCAN_CHUNK, ActivationPlan, activation_bytes_per_token, inference_memory
+from posttrain.training.speed import reads_device
 
 SHAPES = [
     {},
@@ -24,7 +25,8 @@ SHAPES = [
 
 def _model(mixers=("mamba2", "mamba2"), **shape) -> UpcycledForCausalLM:
     source = make_source(**shape)
-    return UpcycledForCausalLM(UpcycledConfig.from_source(source.config, mixers=list(mixers)))
+    config = UpcycledConfig.from_source(source.config, mixers=list(mixers))
+    return UpcycledForCausalLM._from_config(config, attn_implementation="sdpa")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -32,7 +34,6 @@ def _model(mixers=("mamba2", "mamba2"), **shape) -> UpcycledForCausalLM:
 @pytest.mark.parametrize("mixers", [("mamba2", "mamba2"), ("mamba2", "full_attention")], ids="-".join)
 def test_activations_within_a_fifth(mixers, shape, precision):
     model = _model(mixers, **shape).train()
-    model.set_attn_implementation("sdpa")
     measured = (_saved_bytes(model, 576, precision) - _saved_bytes(model, 64, precision)) / 512
     predicted = activation_bytes_per_token(normalise(model.config.to_dict()), precision, ActivationPlan())
     assert 0.8 < predicted / measured < 1.25
@@ -60,3 +61,8 @@ def test_the_cache_term_counts_states_once_a_sequence():
     assert terms == [3 * cache_bytes(arch, tokens, 2) for tokens in (1, 100)]
     assert terms[1] - terms[0] == 3 * 99 * 2 * 2 * 2 * 16
     assert torch.tensor(terms).min() > 3 * 4 * 4 * 16 * 16
+
+
+def test_a_model_with_states_is_not_captured_in_a_graph():
+    assert not reads_device(_model(("full_attention", "full_attention")))
+    assert reads_device(_model(("mamba2", "full_attention")))
