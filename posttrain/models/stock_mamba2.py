@@ -25,6 +25,7 @@ def stock_tensors(mixer: Mamba2) -> dict[str, Tensor]:
         "norms on B and C (QK-norm)": config.qk_norm,
         "a gate without norm": not config.mamba_norm,
         "a convolution without activation": not config.mamba_conv_activation,
+        "heads that are together no multiple of the hidden width": mixer.inner % config.hidden_size != 0,
     }
     if wrong := [what for what, has in lacking.items() if has]:
         raise StageError(
@@ -59,7 +60,7 @@ def stock_config(mixer: Mamba2) -> dict[str, Any]:
         "head_dim": mixer.head_dim,
         "state_size": mixer.head_dim,
         "n_groups": mixer.num_heads,
-        "expand": mixer.inner / config.hidden_size,
+        "expand": mixer.inner // config.hidden_size,
         "conv_kernel": config.mamba_conv_kernel,
         "use_conv_bias": True,
         "use_bias": config.mamba_bias or config.mamba_out_bias,

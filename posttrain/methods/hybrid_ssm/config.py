@@ -16,7 +16,7 @@ class HybridConfig(BaseModel):
 
     init: Init = Field(
         default="published",
-        description="published: queries, keys, values and output projection of attention become C, B, x and output; the "
+        description="published: attention's queries, keys, values and output projection become C, B, x and output; "
         "gate, step sizes, decays and convolution are random (Zebra-Llama). aligned: what is not attention starts "
         "neutral (convolution passes the last token, gate one, no norm, no skip) and each head forgets at the pace of "
         "its mean attention distance; needs statistics. Whether it trains better is not measured yet.",

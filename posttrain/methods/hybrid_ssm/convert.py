@@ -93,9 +93,7 @@ def mamba_form(config: UpcycledConfig) -> MambaForm:
     )
 
 
-def attention_stats(
-    attention: nn.Module, arch: Mapping[str, Any], statistics: Any, index: int
-) -> AttentionStats:
+def attention_stats(attention: nn.Module, arch: Mapping[str, Any], statistics: Any, index: int) -> AttentionStats:
     """What is known of one attention layer."""
     norms = {name: getattr(attention, name).weight for name in ("q_norm", "k_norm") if arch["qk_norm"]}
     distance = statistics.distance[index] if isinstance(statistics, HeadStatistics) else None

@@ -1,8 +1,8 @@
 """A state-space mixer's first weights from attention's: one contract, a function for each start.
 
 Linear attention `S_t = S_{t-1} + v_t k_tᵀ, y_t = S_t q_t` is the recurrence with decay one and steps of one, hence
-query → C, key → B, value → x, output → out (MambaInLlama, arXiv 2408.15237). Softmax, its normaliser and the rotation of
-queries and keys are lost; what the published start adds to the path (gate, convolution, norm, skip) is random.
+query → C, key → B, value → x, output → out (MambaInLlama, arXiv 2408.15237). Softmax, its normaliser and the rotation
+of queries and keys are lost; what the published start adds to the path (gate, convolution, norm, skip) is random.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def init_from_attention(
         ValueError: the form has no place for a bias of the source, or `aligned` lacks distances or its bias.
     """
     form = form or MambaForm()
-    if (not form.bias and any(part.bias is not None for part in (q, k, v))) or (o.bias is not None and not form.out_bias):
+    lost = [] if form.bias else [part for part in (q, k, v) if part.bias is not None]
+    if lost or (o.bias is not None and not form.out_bias):
         raise ValueError("the source has biases that this form of the mixer has no place for")
     if init == "published":
         return _published(q, k, v, o, stats, form, generator or torch.Generator().manual_seed(0))
