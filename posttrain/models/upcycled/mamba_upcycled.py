@@ -111,6 +111,7 @@ class Mamba2(nn.Module):
         x, b, c = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return (x, self.b_norm(b), self.c_norm(c)) if self.config.qk_norm else (x, b, c)
 
+    @torch.compiler.disable  # the compiler would unroll the scan's chunks: minutes for what gains nothing
     def _scan(
         self,
         x: torch.Tensor,
