@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.upcycled.mamba_upcycled import DECAYS, STEP_SIZES, inverse_softplus
+
 UNIT_GATE = 1.2784645427610738
 """The number whose SiLU is one."""
-STEP_SIZES, DECAYS = (1e-3, 0.1), (1.0, 16.0)
-"""Published ranges: steps log-uniform, −A uniform."""
 FORGET = (1e-4, 1 - 1e-6)
 """Bounds of a head's decay a: 0 and 1 are at infinity in A_log and dt_bias."""
 
@@ -165,11 +165,6 @@ def _norms(stats: AttentionStats, form: MambaForm, query_scale: float) -> dict[s
 def _channels(stats: AttentionStats, form: MambaForm) -> int:
     shared = stats.heads if form.repeat_before_conv else stats.kv_heads
     return (stats.heads + 2 * shared) * stats.head_dim
-
-
-def inverse_softplus(value: Tensor) -> Tensor:
-    """The number whose softplus is `value` > 0."""
-    return value + torch.log(-torch.expm1(-value))
 
 
 def _cpu(tensor: Tensor) -> Tensor:

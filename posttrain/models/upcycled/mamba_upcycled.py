@@ -31,9 +31,8 @@ except ImportError:  # a saved model away from this package: the same code lies 
 
 FP32 = ("A_log", "dt_bias", "D")
 """Parameters that stay fp32 in a bf16 model: a decay near one, rounded, is another decay after a hundred tokens."""
-STEP_SIZES = (1e-3, 0.1)
-"""Range of Δ's random init, and of A's below."""
-DECAYS = (1.0, 16.0)
+STEP_SIZES, DECAYS = (1e-3, 0.1), (1.0, 16.0)
+"""Published ranges of the random start: Δ log-uniform, −A uniform."""
 
 
 class Mamba2(nn.Module):
