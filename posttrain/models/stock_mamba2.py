@@ -15,7 +15,8 @@ def stock_tensors(mixer: Mamba2) -> dict[str, Tensor]:
     """Parameters of transformers' `Mamba2Mixer` with `n_groups = num_heads` that computes the same, by its names.
 
     Rows of x and B of `in_proj`, and their channels of the convolution, are repeated for every head that shares them:
-    2 (H − G) d_h D more weights.
+    2 (H − G) d_h D more weights. The norm behind the gate is per group, as in mamba_ssm and newer transformers (5.23);
+    transformers 5.17 normalises all heads together in its Mamba-2, whatever `n_groups` is, and so gives another result.
 
     Raises:
         StageError: the mixer has something that the stock layout lacks.
