@@ -131,7 +131,7 @@ def _notes(cfg: DataSourceConfig) -> tuple[str, ...]:
 
 
 def _sampling_estimate(cfg: DataSourceConfig, architecture: dict[str, Any], common: dict[str, Any]) -> Estimate:
-    from posttrain.models.architecture import cache_bytes_per_token, parameter_count
+    from posttrain.models.architecture import cache_bytes, parameter_count
 
     samples = cfg.samples if cfg.kind == "teacher_samples" else cfg.pairs
     answers = samples.num_samples if cfg.kind == "teacher_samples" else cfg.gym.size * samples.tries
@@ -139,7 +139,7 @@ def _sampling_estimate(cfg: DataSourceConfig, architecture: dict[str, Any], comm
     length = samples.max_new_tokens + sources.PROMPT_TOKENS
     memory = {
         "weights": element * parameter_count(architecture),
-        "cache": samples.batch_size * length * cache_bytes_per_token(architecture, element),
+        "cache": samples.batch_size * cache_bytes(architecture, length, element),
         "logits": 4 * 3 * samples.batch_size * architecture["vocab_size"],
     }
     tokens = answers * samples.max_new_tokens

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from posttrain.errors import PosttrainError
+from posttrain.generation.layers import MIXERS
 from posttrain.models.architecture import mixers, normalise, per_layer
 
 MOST_WIDTH = 512
@@ -26,13 +27,19 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if "counted_as" in arch:
         return f"a model of type {arch['model_type']}, whose modules belong to an installed package"
     return (
-        _unknown_settings(arch)
+        _unknown_mixers(arch)
+        or _unknown_settings(arch)
         or _unknown_layout(model)
         or _too_wide(model, arch)
         or _replaced_modules(model)
         or _sharded(model)
         or _other_shapes(model, arch)
     )
+
+
+def _unknown_mixers(arch: Mapping[str, Any]) -> str | None:
+    unknown = sorted(set(mixers(arch)) - set(MIXERS))
+    return f"layers of kind {', '.join(unknown)}, which have no decoder yet" if unknown else None
 
 
 def _unknown_settings(arch: Mapping[str, Any]) -> str | None:

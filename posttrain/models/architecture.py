@@ -1,7 +1,8 @@
 """Shapes of a decoder from its `config.json` fields: parameters and cache bytes without weights, without torch.
 
 Legend: D hidden_size, I intermediate_size, V vocab_size, L layers, H query heads, G KV heads, d_h head_dim,
-r kv_lora_rank, d_n/d_r/d_v position-free key, rotary key and value width of a latent-attention head.
+r kv_lora_rank, d_n/d_r/d_v position-free key, rotary key and value width of a latent-attention head, K tokens of a
+Mamba-2 layer's convolution.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Dense decoders whose blocks the upcycled model can follow."""
 
 SUPPORTED_ROPE = ("default", "linear", "dynamic", "yarn", "llama3")
-MIXERS = ("full_attention", "latent_attention")
+MIXERS = ("full_attention", "latent_attention", "mamba2")
 
 _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
@@ -57,6 +58,16 @@ _LATENT_OPTIONAL: dict[str, Any] = {
     "latent_out_bias": None,
     "qk_latent_layernorm": False,
 }
+_MAMBA_OPTIONAL: dict[str, Any] = {
+    "mamba_conv_kernel": 4,
+    "mamba_conv_activation": True,
+    "mamba_norm": True,
+    "mamba_repeat_before_conv": False,
+    "mamba_bias": None,
+    "mamba_out_bias": None,
+}
+STATE_SIZE = 4
+"""Bytes of an element of a recurrent state: fp32, whatever the type of the model."""
 
 
 def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,21 +155,66 @@ def layer_parameters(arch: Mapping[str, Any], layer: int) -> int:
 
 def mixer_parameters(arch: Mapping[str, Any], layer: int) -> int:
     """Parameters of one layer's mixer."""
-    return _latent_parameters(arch, layer) if mixers(arch)[layer] == "latent_attention" else _full_parameters(arch)
+    kind = mixers(arch)[layer]
+    if kind == "mamba2":
+        return _mamba_parameters(arch)
+    return _latent_parameters(arch, layer) if kind == "latent_attention" else _full_parameters(arch)
 
 
 def cache_elements_per_token(arch: Mapping[str, Any]) -> list[int]:
-    """Cached elements one token adds, per layer: 2·G·d_h for full attention, r + d_r for latent attention."""
+    """Cached elements one token adds, per layer: 2·G·d_h for full attention, r + d_r for latent attention, else 0."""
     full = 2 * arch["num_key_value_heads"] * arch["head_dim"]
-    return [
-        per_layer(arch["kv_lora_rank"], layer) + arch["qk_rope_head_dim"] if mixer == "latent_attention" else full
-        for layer, mixer in enumerate(mixers(arch))
-    ]
+    elements = {"full_attention": lambda _: full, "mamba2": lambda _: 0}
+    elements["latent_attention"] = lambda layer: per_layer(arch["kv_lora_rank"], layer) + arch["qk_rope_head_dim"]
+    return [elements[mixer](layer) for layer, mixer in enumerate(mixers(arch))]
 
 
 def cache_bytes_per_token(arch: Mapping[str, Any], element_size: int = 2) -> int:
-    """Bytes by which the cache grows per token, all layers; `element_size` in bytes (2: bf16)."""
+    """Bytes by which the cache grows per token, all layers; `element_size` in bytes (2: bf16).
+
+    States do not grow and do not count here: see `cache_state_bytes`.
+    """
     return element_size * sum(cache_elements_per_token(arch))
+
+
+def state_elements(arch: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Elements a sequence holds whatever its length, per layer: recurrent state H·d_h², K columns of the convolution.
+
+    Both are 0 for attention. The columns are those of x, B and C: H·d_h + 2·G·d_h channels, or 3·H·d_h where shared
+    heads are repeated before the convolution.
+    """
+    heads, head = arch["num_attention_heads"], arch["head_dim"]
+    return [
+        (heads * head**2, arch["mamba_conv_kernel"] * _mamba_channels(arch)) if mixer == "mamba2" else (0, 0)
+        for mixer in mixers(arch)
+    ]
+
+
+def cache_state_bytes(arch: Mapping[str, Any], element_size: int = 2, state_size: int = STATE_SIZE) -> int:
+    """Constant bytes of one sequence's cache, all layers; `state_size` is that of a recurrent state's element."""
+    return sum(state * state_size + columns * element_size for state, columns in state_elements(arch))
+
+
+def cache_bytes(arch: Mapping[str, Any], tokens: int, element_size: int = 2, state_size: int = STATE_SIZE) -> int:
+    """All bytes of the cache of one sequence of `tokens` tokens, constant state included."""
+    growing = tokens * cache_bytes_per_token(arch, element_size)
+    return growing + cache_state_bytes(arch, element_size, state_size)
+
+
+def cache_ratios(
+    arch: Mapping[str, Any],
+    baseline: Mapping[str, Any],
+    tokens: int,
+    element_size: int = 2,
+    state_size: int = STATE_SIZE,
+) -> tuple[float, float]:
+    """The cache relative to the baseline's at this length: without constant states (what papers print), and with them.
+
+    The first does not depend on the length.
+    """
+    growing = cache_bytes_per_token(arch, element_size) / cache_bytes_per_token(baseline, element_size)
+    ours, theirs = (cache_bytes(model, tokens, element_size, state_size) for model in (arch, baseline))
+    return growing, ours / theirs
 
 
 def _full_parameters(arch: Mapping[str, Any]) -> int:
@@ -189,6 +245,22 @@ def _latent_parameters(arch: Mapping[str, Any], layer: int) -> int:
     return count + (rank + (query_rank or 0) if arch["qk_latent_layernorm"] else 0)
 
 
+def _mamba_channels(arch: Mapping[str, Any]) -> int:
+    """Channels of the convolution."""
+    inner, shared = (arch[name] * arch["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    return 3 * inner if arch["mamba_repeat_before_conv"] else inner + 2 * shared
+
+
+def _mamba_parameters(arch: Mapping[str, Any]) -> int:
+    width, heads, head = arch["hidden_size"], arch["num_attention_heads"], arch["head_dim"]
+    inner, shared = heads * head, arch["num_key_value_heads"] * head
+    rows = 2 * inner + 2 * shared + heads  # z, C; x, B; dt
+    count = width * rows + inner * width + (arch["mamba_conv_kernel"] + 1) * _mamba_channels(arch)
+    count += 3 * heads  # A_log, dt_bias, D
+    count += (inner if arch["mamba_norm"] else 0) + (2 * head if arch["qk_norm"] else 0)
+    return count + (rows if arch["mamba_bias"] else 0) + (width if arch["mamba_out_bias"] else 0)
+
+
 def _upcycled_fields(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     kinds = list(config.get("mixers") or [])
     unknown = sorted(set(kinds) - set(MIXERS))
@@ -205,6 +277,10 @@ def _upcycled_fields(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     fields.update({name: config.get(name, default) for name, default in _LATENT_OPTIONAL.items()})
     if fields["latent_out_bias"] is None:
         fields["latent_out_bias"] = bool(config.get("attention_out_bias"))
+    fields.update({name: config.get(name, default) for name, default in _MAMBA_OPTIONAL.items()})
+    for name, source in (("mamba_bias", "attention_bias"), ("mamba_out_bias", "attention_out_bias")):
+        if fields[name] is None:
+            fields[name] = bool(config.get(source))
     return fields
 
 

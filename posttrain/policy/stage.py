@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import Problem, RecipeError
-from posttrain.models.architecture import cache_bytes_per_token, parameter_count
+from posttrain.models.architecture import cache_bytes, cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
@@ -138,7 +138,7 @@ def rollout_bytes(cfg: PolicyConfig, arch: Mapping[str, Any]) -> dict[str, int]:
     size = 2 if engine and cfg.rollout_dtype != "float32" and plans_for_gpu() else 4
     rows = min(cfg.rollout_rows, cfg.generation_batch_size)
     length = cfg.max_prompt_length + cfg.max_completion_length
-    cache = rows * length * cache_bytes_per_token(arch, size)
+    cache = rows * cache_bytes(arch, length, size)
     return {"rollout": cache + (size * parameter_count(arch) if engine else 0)}
 
 

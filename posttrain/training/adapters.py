@@ -72,7 +72,9 @@ def linear_layers(arch: Mapping[str, Any], layer: int) -> dict[str, tuple[int, i
     width, inner, heads = arch["hidden_size"], arch["intermediate_size"], arch["num_attention_heads"]
     mlp = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
     keys, queries = arch["num_key_value_heads"] * arch["head_dim"], heads * arch["head_dim"]
-    if mixers(arch)[layer] != "latent_attention":
+    if mixers(arch)[layer] == "mamba2":
+        return {"in_proj": (width, 2 * queries + 2 * keys + heads), "out_proj": (queries, width), **mlp}
+    if mixers(arch)[layer] == "full_attention":
         attention = {name: (width, keys) for name in ("k_proj", "v_proj")}
         return {"q_proj": (width, queries), **attention, "o_proj": (queries, width), **mlp}
     nope, rope, value = arch["qk_nope_head_dim"], arch["qk_rope_head_dim"], arch["v_head_dim"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.config.schema import SHARDED
 from posttrain.models.architecture import (
-    cache_bytes_per_token,
+    cache_bytes,
     mixer_parameters,
     mixers,
     parameter_count,
@@ -27,6 +27,8 @@ ELEMENT_SIZE = {"float32": 4, "bfloat16": 2}
 ADAM_MOMENTS = 2
 LOGITS_BYTES = 480 * 2**20
 """Most that two fp32 buffers of logits take, `CHUNK_BYTES` of `posttrain_kernels.linear_kl` (which imports torch)."""
+SCAN_CHUNK = 64
+"""Tokens of a chunk of Mamba-2's scan, `CHUNK` of `posttrain_kernels.ssd_scan`."""
 
 Kept = Literal["eager", "compiled", "lean"]
 """What a layer keeps for its backward pass: all that autograd saves; what torch's compiler saves; the same without what
@@ -100,7 +102,7 @@ def inference_memory(arch: Mapping[str, Any], tokens: int, batch: int, element_s
     """Bytes of every term of a forward pass over `batch` sequences of `tokens` tokens with a full cache and logits."""
     return {
         "weights": element_size * parameter_count(arch),
-        "cache": batch * tokens * cache_bytes_per_token(arch, element_size),
+        "cache": batch * cache_bytes(arch, tokens, element_size),
         "activations": batch * tokens * _forward_bytes(arch, element_size),
         "logits": 4 * batch * tokens * arch["vocab_size"],
     }
@@ -177,9 +179,12 @@ def _layer_bytes(arch: Mapping[str, Any], layer: int, precision: str, kept: Kept
     the products' inputs take 2 bytes. Compiled: the layer's fp32 input, queries, keys, values, attention's output and
     logarithms, and of the products' inputs and outputs 3 D + 3 I elements; lean: D + 2 I.
     """
-    query, key_value = _attention_widths(arch, layer)
     width, inner = arch["hidden_size"], arch["intermediate_size"]
     size = 2 if precision == "bf16" else 4
+    if mixers(arch)[layer] == "mamba2":
+        norms_and_mlp = 26 * width + 8 * inner if precision == "bf16" else 4 * (6 * width + 4 * inner)
+        return norms_and_mlp + _mamba_bytes(arch, precision)
+    query, key_value = _attention_widths(arch, layer)
     if kept != "eager":
         products = width + 2 * inner if kept == "lean" else 3 * (width + inner)
         return 4 * width + size * (products + 2 * query + key_value) + 4 * arch["num_attention_heads"] + 8
@@ -188,9 +193,23 @@ def _layer_bytes(arch: Mapping[str, Any], layer: int, precision: str, kept: Kept
     return 4 * (6 * width + 2 * query + key_value + 4 * inner)
 
 
+def _mamba_bytes(arch: Mapping[str, Any], precision: str) -> int:
+    """Bytes a token leaves in a Mamba-2 mixer, fitted to what autograd saves of the chunked scan (to 2 % there).
+
+    Per element of all heads, of the shared x and B, of the decays [chunk, chunk] of a head, and of a chunk's states.
+    Compiling does not change it: the scan is as it is.
+    """
+    heads, head = arch["num_attention_heads"], arch["head_dim"]
+    counts = (heads * head, 2 * arch["num_key_value_heads"] * head, heads * SCAN_CHUNK, heads * head**2 / SCAN_CHUNK)
+    shares = (13.9, 1.1, 4.4, 0.4) if precision == "bf16" else (16.1, 2.7, 4.9, 0.8)
+    return int(4 * sum(count * share for count, share in zip(counts, shares, strict=True)))
+
+
 def _attention_widths(arch: Mapping[str, Any], layer: int) -> tuple[int, int]:
-    """Widths of all query heads, and of all keys and values as attention sees them."""
+    """Widths of all query heads, and of all keys and values as attention sees them; of z, C and of x, B in Mamba-2."""
     heads = arch["num_attention_heads"]
+    if mixers(arch)[layer] == "mamba2":
+        return 2 * heads * arch["head_dim"], 2 * arch["num_key_value_heads"] * arch["head_dim"]
     if mixers(arch)[layer] == "latent_attention":
         key = arch["qk_nope_head_dim"] + arch["qk_rope_head_dim"]
         latent = per_layer(arch["kv_lora_rank"], layer) + arch["qk_rope_head_dim"]

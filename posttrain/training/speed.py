@@ -130,8 +130,10 @@ def reads_device(model: PreTrainedModel) -> bool:
     """Whether a forward pass over whole rows waits for the device, in place of which a CUDA graph has nothing.
 
     Dynamic rotary embeddings compare a length that only the device knows; attention other than torch's own looks for
-    packed documents (`causal_without_masks` spares torch's that).
+    packed documents (`causal_without_masks` spares torch's that), and so do layers with a state.
     """
+    if "mamba2" in (getattr(model.config, "mixers", None) or ()):
+        return True
     rope = getattr(model.config, "rope_parameters", None) or {}
     return rope.get("rope_type") == "dynamic" or model.config._attn_implementation not in ("sdpa", CAUSAL)
 

@@ -86,7 +86,12 @@ def position_limit(architectures: Iterable[Mapping[str, Any]]) -> float:
 
 def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: int) -> dict[str, int]:
     """Peak bytes by term; the cache is that of the speed run."""
-    from posttrain.models.architecture import cache_bytes_per_token, layer_parameters, parameter_count
+    from posttrain.models.architecture import (
+        cache_bytes_per_token,
+        cache_state_bytes,
+        layer_parameters,
+        parameter_count,
+    )
 
     size = ELEMENT_SIZE[cfg.precision]
     memory = {"weights": parameter_count(architectures[0]) * size}
@@ -106,12 +111,13 @@ def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: in
     # Logits, log-probabilities of both models and their product, fp32.
     memory["logits"] = min(cfg.chunk_tokens, window) * arch["vocab_size"] * 4 * (2 + 2 * len(architectures))
     per_token = max(cache_bytes_per_token(item, size) for item in architectures)
-    slots = cfg.batch_size * (cfg.prefill_tokens + cfg.decode_tokens)
+    slots, sequences = cfg.batch_size * (cfg.prefill_tokens + cfg.decode_tokens), cfg.batch_size
     if cfg.problems is not None:
         slots = max(slots, cfg.problems.batch_rows * (PROMPT_TOKENS + cfg.problems.max_new_tokens))
+        sequences = max(sequences, cfg.problems.batch_rows)
         # Logits of a step in the model's precision, and their weights in fp32.
         memory["sampling"] = cfg.problems.batch_rows * arch["vocab_size"] * (size + 4)
-    memory["cache"] = slots * per_token
+    memory["cache"] = slots * per_token + sequences * max(cache_state_bytes(item, size) for item in architectures)
     return memory
 
 

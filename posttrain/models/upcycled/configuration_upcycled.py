@@ -62,6 +62,13 @@ class UpcycledConfig(PreTrainedConfig):
         qk_norm: RMSNorm on each query and key head before the rotation (Qwen3). A latent layer then compresses its
             normalised keys (see `latent_upcycled.py`).
         qk_latent_layernorm: RMSNorm on the latents of latent attention.
+        mamba_conv_kernel: K, tokens that the convolution of a `mamba2` layer spans; mamba_conv_activation: whether SiLU
+            follows it.
+        mamba_norm: RMSNorm per head behind the gate; false leaves the gate alone.
+        mamba_repeat_before_conv: shared x and B get their H heads before the convolution, which then has taps of its
+            own for each.
+        mamba_bias, mamba_out_bias: biases on `in_proj` and `out_proj`; null as `attention_bias`, `attention_out_bias`.
+            With `qk_norm` B and C are normalised per head as keys and queries are, after the convolution.
         layer_types: derived; transformers' cache classes read it.
     """
 
@@ -104,6 +111,12 @@ class UpcycledConfig(PreTrainedConfig):
     latent_bias: bool = False
     latent_out_bias: bool | None = None
     qk_latent_layernorm: bool = False
+    mamba_conv_kernel: int = 4
+    mamba_conv_activation: bool = True
+    mamba_norm: bool = True
+    mamba_repeat_before_conv: bool = False
+    mamba_bias: bool | None = None
+    mamba_out_bias: bool | None = None
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -117,6 +130,12 @@ class UpcycledConfig(PreTrainedConfig):
         self.layer_types = [MIXERS[mixer].cache_layer for mixer in self.mixers]
         if self.latent_out_bias is None:
             self.latent_out_bias = self.attention_out_bias
+        if self.mamba_bias is None:
+            self.mamba_bias = self.attention_bias
+        if self.mamba_out_bias is None:
+            self.mamba_out_bias = self.attention_out_bias
+        if self.mamba_conv_kernel < 1:
+            raise ValueError(f"mamba_conv_kernel {self.mamba_conv_kernel} must be at least 1")
         if "latent_attention" in self.mixers:
             _check_latent(self)
         super().__post_init__(**kwargs)

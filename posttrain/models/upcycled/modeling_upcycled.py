@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_upcycled import new_cache, only_states
 from .configuration_upcycled import UpcycledConfig
 from .norm_upcycled import UpcycledRMSNorm
 from .registry_upcycled import MIXERS
@@ -66,11 +67,14 @@ class UpcycledPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # of Mamba-2 layers, in bf16 too
     _can_record_outputs = {"hidden_states": UpcycledDecoderLayer}
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, UpcycledRotaryEmbedding):
             module.reset_buffers()
+        elif hasattr(module, "reset_decays"):
+            module.reset_decays()
         else:
             super()._init_weights(module)
             if getattr(module, "q_map", None) is not None:  # a parameter of latent attention's own
@@ -114,16 +118,19 @@ class UpcycledModel(UpcycledPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            # Where no layer counts the tokens of the past, none needs to know either.
+            counted = past_key_values is not None and not only_states(self.config)
+            past = past_key_values.get_seq_length() if counted else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         # A new cache is made after the masks: with one, transformers no longer looks for packed documents.
         masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = new_cache(self.config)
         embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
             spec, group = MIXERS[self.config.mixers[index]], self.rotary_emb.groups[index]
+            own = {"documents": masks["documents"]} if "documents" in spec.masks else {}
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=None if group is None else embeddings[group],
@@ -131,6 +138,7 @@ class UpcycledModel(UpcycledPreTrainedModel):
                 padding_mask=masks["padding"] if "padding" in spec.masks else None,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                **own,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -144,9 +152,10 @@ class UpcycledModel(UpcycledPreTrainedModel):
     ) -> dict[str, Any]:
         """Each kind of mask that some layer wants."""
         if isinstance(attention_mask, dict):  # `generate` makes them itself for a static cache, by cache layer
-            return {"causal": attention_mask.get("full_attention"), "padding": attention_mask.get("linear_attention")}
+            causal, padding = attention_mask.get("full_attention"), attention_mask.get("linear_attention")
+            return {"causal": causal, "padding": padding, "documents": None}
         wanted = {kind for mixer in self.config.mixers for kind in MIXERS[mixer].masks}
-        masks: dict[str, Any] = {"causal": None, "padding": None}
+        masks: dict[str, Any] = {"causal": None, "padding": None, "documents": None}
         if "causal" in wanted:
             masks["causal"] = create_causal_mask(
                 config=self.config,
@@ -157,6 +166,9 @@ class UpcycledModel(UpcycledPreTrainedModel):
             )
         if "padding" in wanted:
             masks["padding"] = _padding_mask(attention_mask, inputs_embeds.shape[1])
+        # The same condition as in the causal mask's code: layers of one model must see the same documents.
+        if "documents" in wanted and attention_mask is None and past_key_values is None:
+            masks["documents"] = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
         return masks
 
 
@@ -181,6 +193,16 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers does it, but for a model of states alone, whose cache must count."""
+        given = model_kwargs.get("past_key_values") is not None
+        if given or generation_config.use_cache is False or not only_states(self.config):
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        else:
+            model_kwargs["past_key_values"] = new_cache(self.config)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,177 @@
+"""A pretrained decoder with some attention layers replaced by state-space layers made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import RecipeError
+from posttrain.methods.hybrid_ssm.config import HybridConfig
+from posttrain.methods.hybrid_ssm.init import AttentionStats, MambaForm, init_from_attention
+from posttrain.methods.hybrid_ssm.statistics import HeadStatistics, collect_head_statistics
+from posttrain.models.architecture import MIXERS, mixers, normalise
+
+if TYPE_CHECKING:
+    from posttrain.models.upcycled import UpcycledConfig, UpcycledForCausalLM
+
+LATENT_FIELDS = (
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_frequency_indices",
+    "latent_rope_parameters",
+    "query_pre_attn_scalar",
+    "latent_bias",
+    "latent_out_bias",
+    "qk_latent_layernorm",
+)
+
+
+def hybridize(
+    model: nn.Module,
+    layer_types: Sequence[str],
+    config: HybridConfig | Mapping[str, Any] | None = None,
+    statistics: HeadStatistics | Iterable[Tensor] | None = None,
+    latent_from: nn.Module | None = None,
+) -> UpcycledForCausalLM:
+    """The hybrid: `mamba2` layers start from the source's attention, all else is copied.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 model, or an upcycled one; it is not changed.
+        layer_types: mixer of each layer: `mamba2`, `full_attention`, or `latent_attention` where the source or
+            `latent_from` has it.
+        config: how layers start, or a dict of its fields.
+        statistics: for `init: aligned`: token batches [B, T] without padding, or ready statistics.
+        latent_from: a conversion of the same source, by `mla_upcycling.upcycle`, whose latent attention is taken.
+
+    Returns:
+        the new model, of the source's device and dtype; decays, step biases and skips are fp32.
+
+    Raises:
+        RecipeError: an unsupported model, or layers that cannot be made from this source.
+    """
+    from posttrain.models.upcycling import build_upcycled
+
+    config = config if isinstance(config, HybridConfig) else HybridConfig(**(config or {}))
+    source = normalise(model.config.to_dict())
+    _check_layers(source, list(layer_types), latent_from)
+    new_layers = [i for i, (old, new) in enumerate(zip(mixers(source), layer_types, strict=True)) if old != new]
+    made = [index for index in new_layers if layer_types[index] == "mamba2"]
+    if config.init == "aligned" and made:
+        statistics = _statistics(model, statistics)
+    hybrid_config = _config(model, list(layer_types), config, latent_from)
+    hybrid = build_upcycled(model, hybrid_config)
+    form = mamba_form(hybrid_config)
+    for index in new_layers:
+        target = hybrid.model.layers[index].self_attn
+        if index in made:
+            attention = model.model.layers[index].self_attn
+            stats = attention_stats(attention, source, statistics, index)
+            # A layer's random numbers are its own: another choice of layers leaves them as they are.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            tensors = init_from_attention(*projections, stats, init=config.init, form=form, generator=generator)
+        else:
+            tensors = dict(latent_from.model.layers[index].self_attn.named_parameters())
+        _write(target, tensors, index)
+    return hybrid
+
+
+def mamba_form(config: UpcycledConfig) -> MambaForm:
+    """The form of the `mamba2` layers of that model."""
+    return MambaForm(
+        kernel=config.mamba_conv_kernel,
+        repeat_before_conv=config.mamba_repeat_before_conv,
+        norm=config.mamba_norm,
+        bias=config.mamba_bias,
+        out_bias=config.mamba_out_bias,
+    )
+
+
+def attention_stats(attention: nn.Module, arch: Mapping[str, Any], statistics: Any, index: int) -> AttentionStats:
+    """What is known of one attention layer."""
+    norms = {name: getattr(attention, name).weight for name in ("q_norm", "k_norm") if arch["qk_norm"]}
+    distance = statistics.distance[index] if isinstance(statistics, HeadStatistics) else None
+    return AttentionStats(
+        arch["num_attention_heads"], arch["num_key_value_heads"], arch["head_dim"], distance=distance, **norms
+    )
+
+
+def _statistics(model: nn.Module, given: HeadStatistics | Iterable[Tensor] | None) -> HeadStatistics:
+    if given is None:
+        raise RecipeError(
+            "the aligned init needs each head's mean attention distance, and no text is given",
+            where="init: aligned",
+            fix="give token batches or `collect_head_statistics(...)` as statistics, or use init: published",
+        )
+    if isinstance(given, HeadStatistics):
+        return given
+    return collect_head_statistics(model, [given] if isinstance(given, Tensor) else given)
+
+
+def _config(
+    model: nn.Module, layer_types: list[str], config: HybridConfig, latent_from: nn.Module | None
+) -> UpcycledConfig:
+    from posttrain.models.upcycled import UpcycledConfig
+
+    aligned = config.init == "aligned"
+    form = {
+        "mamba_conv_kernel": config.conv_kernel,
+        "mamba_repeat_before_conv": config.repeat_before_conv,
+        "mamba_conv_activation": not aligned,
+        "mamba_norm": not aligned,
+        **({"mamba_bias": True} if aligned else {}),
+    }
+    if "mamba2" in (kept := getattr(model.config, "mixers", None) or []):
+        theirs = {name: getattr(model.config, name) for name in form}
+        if theirs != form and any(new == old == "mamba2" for new, old in zip(layer_types, kept, strict=True)):
+            raise RecipeError(
+                f"the source's mamba2 layers have another form ({theirs}) than new ones would ({form})",
+                where="layer_types",
+                fix="convert all layers at once from the attention model",
+            )
+    latent = {name: getattr(latent_from.config, name) for name in LATENT_FIELDS} if latent_from is not None else {}
+    return UpcycledConfig.from_source(model.config, mixers=layer_types, **form, **latent)
+
+
+def _check_layers(source: Mapping[str, Any], layer_types: list[str], latent_from: nn.Module | None) -> None:
+    layers, kinds = source["num_hidden_layers"], mixers(source)
+    if len(layer_types) != layers or (unknown := sorted(set(layer_types) - set(MIXERS))):
+        wrong = f"{len(layer_types)} layer types for {layers} layers" if len(layer_types) != layers else str(unknown)
+        raise RecipeError(
+            f"layer_types do not fit the model: {wrong}",
+            where="layer_types",
+            fix=f"name one of {', '.join(MIXERS)} for each of {layers} layers",
+        )
+    donated = mixers(normalise(latent_from.config.to_dict())) if latent_from is not None else [""] * layers
+    for index, (old, new) in enumerate(zip(kinds, layer_types, strict=True)):
+        if new == old or (new == "mamba2" and old == "full_attention"):
+            continue
+        if new == "latent_attention" and donated[index] == "latent_attention":
+            continue
+        fix = {
+            "mamba2": "start from the model before its conversion: queries, keys and values are needed",
+            "latent_attention": "give `latent_from`, the same model converted by mla_upcycling.upcycle",
+            "full_attention": "start from the model before its conversion",
+        }[new]
+        raise RecipeError(f"layer {index} is {old}: it cannot become {new}", where=f"layer_types[{index}]", fix=fix)
+
+
+def _write(target: nn.Module, tensors: Mapping[str, Tensor], index: int) -> None:
+    parameters = dict(target.named_parameters())
+    wrong = parameters.keys() ^ tensors.keys()
+    wrong |= {name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape}
+    if wrong:
+        raise RecipeError(
+            f"layer {index} does not take {', '.join(sorted(wrong))} of what it should start from",
+            where=f"layer_types[{index}]",
+            fix="convert both models from the same source",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
