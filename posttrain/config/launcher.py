@@ -107,7 +107,7 @@ class Launcher(Resources):
         3, ge=0, description="A stage that was requeued more often than this in a row and came no further has failed."
     )
     stages: dict[str, Resources] = Field(
-        default_factory=dict, description="Stage name to what its job asks for instead."
+        default_factory=dict, description="Stage name to what its job asks for instead; null as the launcher does."
     )
     dependencies: dict[str, dict[str, Literal["afterok", "afterany"]]] = Field(
         default_factory=dict,
@@ -117,7 +117,8 @@ class Launcher(Resources):
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
-        fields = set(type(self).model_fields) - {"name", "type"}
+        # Of single stages a recipe may say what their jobs need, wherever it runs.
+        fields = set(type(self).model_fields) - {"name", "type", "stages", "dependencies"}
         default = type(self).model_construct()
         changed = sorted(field for field in fields if getattr(self, field) != getattr(default, field))
         if self.type == "local" and changed:

@@ -62,7 +62,9 @@ class StageState:
     def update(self, event: Event) -> None:
         """Take in one event of this stage."""
         kind = event["event"]
-        if kind in ("stage_submitted", "stage_requeued"):
+        if kind == "stage_submitted" and self.status == "running" and str(event.get("job")) == self.job:
+            pass  # a job that was there before is kept, and goes on
+        elif kind in ("stage_submitted", "stage_requeued"):
             self._leave_off(event["time"])
             self.status, self.message = "queued", ""
             self.job, self.node = str(event.get("job") or self.job), ""
@@ -79,7 +81,7 @@ class StageState:
             self.step = event.get("step", self.step)
             self.loss = event.get("loss", self.loss)
         elif kind == "stage_cached":
-            self.status = "cached" if self.status == "waiting" else self.status
+            self.status = "cached" if self.status in ("waiting", "queued") else self.status
         elif kind in ENDS:
             self._end(event)
 

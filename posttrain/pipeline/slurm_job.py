@@ -19,8 +19,13 @@ _answers: dict[str, tuple[float, str | None]] = {}
 
 
 def this_job(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Id of the Slurm job around this process and how often it has been requeued; ("", 0) outside of one."""
+    """Id of the Slurm job around this process and how often it has been requeued; ("", 0) outside of one.
+
+    A task of an array is ARRAY_TASK: one of the tasks has the array's own id as its job id.
+    """
     job, restarts = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_RESTART_COUNT", "0")
+    if array := environment.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
     return job, int(restarts) if restarts.isdigit() else 0
 
 
@@ -58,10 +63,14 @@ def _ask(job: str) -> str | None:
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", "--states=all", "--format=%T %r", f"--jobs={job}"]
+    # Variables of the user's may filter and format what squeue says.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    settings = {"capture_output": True, "text": True, "timeout": PATIENCE_SECONDS, "env": environment}
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+        answer = subprocess.run(command, **settings, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
     if answer.returncode == 0:
-        return answer.stdout.strip().partition("\n")[0]
+        # Nothing where jobs of others are hidden; of a job that it does not know it says so, below.
+        return answer.stdout.strip().partition("\n")[0] or None
     return "" if "Invalid job id" in answer.stderr else None

@@ -49,7 +49,9 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, s
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
     cases = "".join(f'*--jobs={job}*) echo "{answer}";; ' for job, answer in answers.items())
-    (folder / "squeue").write_text(f'#!/bin/sh\ncase "$*" in {cases}*) exit 1;; esac\n')
+    (folder / "squeue").write_text(
+        f'#!/bin/sh\ncase "$*" in {cases}*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;; esac\n'
+    )
     (folder / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
     slurm_job._answers.clear()
@@ -84,6 +86,18 @@ def test_a_requeued_stage_is_queued_again_and_keeps_its_time(run: RunDir) -> Non
     assert (state.status, state.job, state.node) == ("queued", "17", "") and state.seconds >= 0.05
 
 
+def test_a_job_that_is_kept_goes_on_and_a_stage_that_another_run_made_is_there(run: RunDir) -> None:
+    submit(run)
+    say(run, "stage_started", "a", job="17", node="n4", attempt=1)
+    say(run, "stage_submitted", "a", job="17", dependency="", kept=True)
+    say(run, "stage_cached", "b", key="x")
+    stages = activity_of(run).state.stages
+    assert (stages["a"].status, stages["a"].node) == ("running", "n4") and stages["a"].started is not None
+    assert stages["b"].status == "cached"
+    say(run, "stage_submitted", "a", job="19", dependency="")
+    assert activity_of(run).state.stages["a"].status == "queued", "another job is another attempt"
+
+
 def test_a_cancelled_stage_says_why(run: RunDir) -> None:
     submit(run)
     say(run, "stage_started", "a", job="17", node="n4", attempt=1)
@@ -103,7 +117,7 @@ def test_slurm_says_why_a_job_waits(run: RunDir, tmp_path: Path, monkeypatch: py
 
 def test_a_job_that_is_gone_is_not_waited_for(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submit(run)
-    squeue(tmp_path, monkeypatch, {"17": "CANCELLED None", "18": ""})
+    squeue(tmp_path, monkeypatch, {"17": "CANCELLED None"})
     assert not activity_of(run).alive
     screen = status.screen(run)
     assert "interrupted" in screen and screen.count("job is gone") == 2 and "posttrain resume r" in screen

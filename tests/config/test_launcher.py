@@ -47,6 +47,11 @@ def test_settings_for_jobs_need_a_launcher_that_makes_some() -> None:
     assert "no effect with launcher=local" in problem.what and problem.fix == "write launcher=slurm"
 
 
+def test_what_single_stages_need_of_a_cluster_does_not_keep_a_recipe_from_a_laptop() -> None:
+    typed = ["launcher.stages.distill.time=4:00:00", "launcher.dependencies.evaluate={prefer: afterany}"]
+    assert load_recipe("x_ecomla", typed).frame.launcher.type == "local"
+
+
 def test_a_stages_own_resources_replace_the_launchers(tmp_path: Path) -> None:
     typed = [
         "launcher=slurm_example",

@@ -34,7 +34,7 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def says(text: str, code: int = 0, error: str = "") -> Path:
         script = folder / "squeue"
-        script.write_text(f"#!/bin/sh\necho x >> {tmp_path}/asked\necho '{error}' >&2\necho '{text}'\nexit {code}\n")
+        script.write_text(f"#!/bin/sh\necho x >> {tmp_path}/asked\necho '{error}' >&2\necho \"{text}\"\nexit {code}\n")
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         return tmp_path / "asked"
 
@@ -104,3 +104,18 @@ def test_a_process_says_in_which_job_and_on_which_machine_it_is(monkeypatch):
     assert (owner.job, owner.restarts, owner.host) == ("815", 4, "n17")
     assert "Slurm job 815" in str(owner)
     assert str(replace(owner, space="elsewhere")).endswith("on n17 (Slurm job 815)")
+
+
+def test_a_task_of_an_array_is_told_apart_from_the_array(monkeypatch):
+    for name, value in {"SLURM_JOB_ID": "24", "SLURM_ARRAY_JOB_ID": "24", "SLURM_ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert slurm_job.this_job() == ("24_2", 0)
+
+
+def test_jobs_that_are_hidden_are_not_over_and_the_users_filters_do_not_count(tmp_path, squeue, monkeypatch):
+    squeue("")
+    assert held(silent(tmp_path / "lock", ELSEWHERE, locks.SILENT_SECONDS + 1))
+    squeue("${SQUEUE_STATES:-CANCELLED}")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    slurm_job._answers.clear()
+    assert not held(silent(tmp_path / "lock", ELSEWHERE, locks.SILENT_SECONDS + 1))

@@ -10,24 +10,32 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.errors import StageError
 
-KEPT = {"SLURM_CONF"}
+KEPT = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
 """Variables that say where the cluster is, not what an enclosing job is."""
 _OF_A_JOB = re.compile(r"(SLURM|SBATCH|SRUN|SALLOC|SLURMD|PMI|PMIX)_")
+"""Outside of a job these are the user's own defaults, such as SBATCH_ACCOUNT."""
+_OF_ANSWERS = re.compile(r"(SQUEUE|SCANCEL|SCONTROL)_")
+"""They would filter or format what is read here, also within the job."""
 _OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
 _OF_DEVICES = {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES"}
 _SECONDS = 60.0
 
 
 def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment without what an enclosing job or torchrun has put there: it would pass into the new job."""
+    """The environment without what an enclosing job or torchrun has put there: it would pass into the new job.
+
+    The user's defaults for Slurm's commands stay, but for those that change how their answers read.
+    """
     environment = os.environ if environment is None else environment
     inside = "SLURM_JOB_ID" in environment
     dropped = _OF_RANKS | (_OF_DEVICES if inside else set())
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in KEPT or not (_OF_A_JOB.match(name) or name in dropped or name == "POSTTRAIN_PDB")
-    }
+
+    def passes(name: str) -> bool:
+        if name in dropped or name == "POSTTRAIN_PDB" or _OF_ANSWERS.match(name):
+            return False
+        return name in KEPT or not (inside and _OF_A_JOB.match(name))
+
+    return {name: value for name, value in environment.items() if passes(name)}
 
 
 def run(command: Sequence[str], *, patience: float = 0.0) -> str:
