@@ -49,7 +49,8 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, s
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
     cases = "".join(f'*--jobs={job}*) echo "{answer}";; ' for job, answer in answers.items())
-    (folder / "squeue").write_text(
+    unknown = '*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;;'
+    (folder / "squeue").write_text(f'#!/bin/sh\ncase "$*" in {cases}{unknown} esac\n')
         f'#!/bin/sh\ncase "$*" in {cases}*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;; esac\n'
     )
     (folder / "squeue").chmod(0o755)
