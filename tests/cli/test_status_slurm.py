@@ -51,8 +51,6 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, s
     cases = "".join(f'*--jobs={job}*) echo "{answer}";; ' for job, answer in answers.items())
     unknown = '*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;;'
     (folder / "squeue").write_text(f'#!/bin/sh\ncase "$*" in {cases}{unknown} esac\n')
-        f'#!/bin/sh\ncase "$*" in {cases}*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;; esac\n'
-    )
     (folder / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
     slurm_job._answers.clear()
