@@ -23,6 +23,8 @@ from harness import (
 )
 from test_ranks import TOLERANCE, history, ranks_of
 
+# Starting DeepSpeed in several processes of a loaded machine takes its time.
+pytestmark = pytest.mark.timeout(900)
 DISTILL = ["run", "x_ecomla", "scale=smoke", "--until", "distill", "engine.device=cpu"]
 FULLY = "zero3"
 """The engine that is also killed: of the three the one that moves most."""

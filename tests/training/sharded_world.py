@@ -179,7 +179,7 @@ def run_jobs(world_size: int, jobs: dict[str, dict[str, Any]], folder: Path) -> 
         for rank in range(world_size)
     ]
     try:
-        assert [process.wait(300) for process in processes] == [0] * world_size
+        assert [process.wait(900) for process in processes] == [0] * world_size
     finally:
         for process in processes:
             process.kill()

@@ -14,6 +14,8 @@ from sharded_world import METHODS, make_worlds, run_jobs, train
 from posttrain.config.schema import SHARDED
 from posttrain.training import checkpoints
 
+# The first test of an engine carries all of its runs, which share two cores with another test's.
+pytestmark = pytest.mark.timeout(1200)
 TOLERANCE = 1e-5
 """Relative: sums over ranks are rounded in another order than sums over micro-batches."""
 
