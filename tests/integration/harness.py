@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RUN = ["run", "x_ecomla", "scale=smoke"]
-DEADLINE = 200.0
+DEADLINE = 300.0
 
 
 def environment(cache: Path, extra_path: Path | None = None) -> dict[str, str]:
