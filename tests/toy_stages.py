@@ -125,6 +125,7 @@ class ToyTrain(Stage):
 
 class ToyEvaluateConfig(StageConfig):
     type: str = "toy_evaluate"
+    seed_of_sample: int = Field(0, description="Only to tell evaluations apart.")
 
 
 class ToyEvaluate(Stage):

@@ -35,7 +35,7 @@ class FakeSlurm:
         return (self.folder / f"job-{job}").read_text()
 
     def set(self, job: str, state: str) -> None:
-        """PENDING, RUNNING, or any other word for a job that is over."""
+        """PENDING, RUNNING, COMPLETING, or any other word for a job that is over."""
         (self.folder / f"job-{job}").write_text(state)
 
     def refuse(self, command: str, after: int = 0) -> None:
@@ -72,7 +72,7 @@ def _main(folder: Path, command: str, arguments: list[str]) -> int:
             job, state = path.name.removeprefix("job-"), path.read_text()
             if asked and asked[0] == job:
                 print(state)
-            elif not asked and state in ("PENDING", "RUNNING"):
+            elif not asked and state in ("PENDING", "RUNNING", "COMPLETING"):
                 print(job, state)
     elif command == "scancel":
         for job in [one for name in named for one in _with_tasks(folder, name)]:

@@ -17,6 +17,7 @@ from toy_stages import ToyTrainConfig
 from posttrain.launch.signals import Interrupts
 from posttrain.launch.slurm import stage_job
 from posttrain.launch.slurm.follow import request
+from posttrain.launch.slurm.ledger import read_ledger, settle
 from posttrain.launch.slurm.stage_job import requeues_without_progress
 from posttrain.launch.slurm.submit import submit
 from posttrain.pipeline.plan import make_plan
@@ -155,9 +156,18 @@ def test_force_is_for_the_first_attempt_alone(job):
     assert kinds(made.run_dir).count(("stage_finished", "train")) == 2
 
 
+def test_force_is_not_lost_when_the_first_attempt_was_stopped_before_it_began(job):
+    made = submitted()
+    assert job(made, "source") == 0 and job(made, "train") == 0
+    made = make_plan(recipe(frame=SLURM), force=["train"])
+    submit(made, Quiet())
+    assert job(made, "train", force=True, restarts=1) == 0
+    assert kinds(made.run_dir).count(("stage_finished", "train")) == 2
+
+
 def _attempts(*attempts, first=0):
     """Events of attempts, each given as the steps it reported; None: it did not even start."""
-    events, restarts = [{"event": "run_started", "stage": None}], first
+    events, restarts = [{"event": "run_started", "stage": None}, {"event": "stage_submitted", "stage": "train"}], first
     for number, steps in enumerate(attempts):
         if number:
             restarts += 1
@@ -182,6 +192,45 @@ def _attempts(*attempts, first=0):
 )
 def test_requeues_without_progress(attempts, count):
     assert requeues_without_progress(_attempts(*attempts), "train") == count
+
+
+def test_another_submission_counts_anew_and_a_kept_job_goes_on_counting():
+    """A job that is kept was requeued five times before, and comes further every time; the run before came to 5000."""
+    again = [{"event": "run_started", "stage": None}, {"event": "stage_submitted", "stage": "train", "kept": True}]
+    started = _attempts([5000]) + again
+    for number, step in enumerate([1000, 2000, 3000, 4000], 6):
+        started += [{"event": "stage_requeued", "stage": "train", "restarts": number}]
+        started += [{"event": "metrics", "stage": "train", "step": step}]
+    assert requeues_without_progress(started, "train") <= 1
+
+
+def test_waiting_for_another_run_is_no_lack_of_progress():
+    events = _attempts([1])
+    for number in range(1, 6):
+        events.append({"event": "stage_stopped", "stage": "train", "waiting": True, "requeue": True})
+        events.append({"event": "stage_requeued", "stage": "train", "restarts": number})
+    assert requeues_without_progress(events, "train") == 0
+
+
+def test_an_error_in_what_comes_after_does_not_undo_a_stage(job, monkeypatch, capsys):
+    def broken(*arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(stage_job, "settle", broken)
+    made = submitted()
+    assert job(made, "source") == 0
+    assert "no space left" in capsys.readouterr().err
+    assert kinds(made.run_dir)[-1] == ("stage_finished", "source")
+
+
+def test_the_store_has_the_last_word_on_a_stage_whose_end_was_lost(job, slurm):
+    made = submitted()
+    assert job(made, "source") == 0
+    lines = [line for line in made.run_dir.events_path.read_text().splitlines() if "stage_finished" not in line]
+    made.run_dir.events_path.write_text("\n".join(lines) + "\n")
+    slurm.set(_job(made, "source"), "COMPLETED")
+    settle(made.run_dir, lambda: made)
+    assert read_ledger(made.run_dir).entries["source"].status == "done"
 
 
 def test_too_many_requeues_without_progress_fail(job):
@@ -212,13 +261,14 @@ sys.exit({code})
 """
 
 
-def run_script(slurm: FakeSlurm, tmp_path, code=0, *, waits=False, listens=True, send=None, state="RUNNING"):
+def run_script(slurm: FakeSlurm, tmp_path, code=0, *, waits=False, listens=True, send=None, state="RUNNING", setup=()):
     log, ready = tmp_path / "log", tmp_path / "ready"
     program = tmp_path / "python"
     facts = {"log": str(log), "ready": str(ready), "code": code, "waits": waits, "listens": listens}
     program.write_text(PROGRAM.format(python=sys.executable, **facts))
     program.chmod(0o755)
-    made = submitted(launcher={"python": str(program)})
+    log.touch()
+    made = submitted(launcher={"python": str(program), "setup": list(setup)})
     job = _job(made, "train")
     slurm.set(job, state)
     path = made.run_dir.path / "slurm" / "train.sh"
@@ -260,3 +310,22 @@ def test_a_signal_before_anybody_listens_is_not_lost(slurm, tmp_path):
 def test_a_program_that_dies_is_told_of(slurm, tmp_path):
     code, log, requeued = run_script(slurm, tmp_path, 9)
     assert code == 9 and log[1].endswith("train --died 9") and requeued == []
+
+
+def test_a_signal_while_the_job_is_set_up_requeues_it(slurm, tmp_path):
+    setup = [f"touch {tmp_path}/ready", "sleep 2"]
+    code, log, requeued = run_script(slurm, tmp_path, 0, send=[signal.SIGUSR1], setup=setup)
+    assert code == 75 and log == [] and requeued == [["requeue", "102"]]
+
+
+def test_a_setup_that_sets_e_does_not_keep_a_stop_from_being_requeued(slurm, tmp_path):
+    code, log, requeued = run_script(slurm, tmp_path, 75, waits=True, send=[signal.SIGUSR1], setup=["set -eu"])
+    assert code == 75 and log[1:2] == ["term"] and requeued == [["requeue", "102"]]
+
+
+def test_a_requeue_that_slurm_refuses_is_given_up(slurm, tmp_path, monkeypatch):
+    slurm.refuse("scontrol")
+    (slurm.bin / "sleep").write_text("#!/bin/sh\n")
+    (slurm.bin / "sleep").chmod(0o755)
+    code, _, requeued = run_script(slurm, tmp_path, 75, waits=True, send=[signal.SIGUSR1])
+    assert code == 75 and len(requeued) == 10

@@ -19,6 +19,7 @@ from posttrain.errors import RecipeError, StageError
 from posttrain.launch.slurm.follow import press, request
 from posttrain.launch.slurm.ledger import read_ledger, settle
 from posttrain.launch.slurm.submit import dry_run, submit
+from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.frozen import frozen_plan
 from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.plan import make_plan
@@ -244,3 +245,61 @@ def test_branches_share_the_wait_for_their_source_alone(slurm):
 def test_bad_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Launcher.model_validate({"name": "slurm", "type": "slurm", **settings})
+
+
+def test_a_job_that_is_just_ending_is_waited_for_and_not_kept(slurm, monkeypatch):
+    first = submit(plan(), Quiet())
+    slurm.set(first.jobs["source"], "COMPLETING")
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        slurm.set(first.jobs["source"], "CANCELLED")
+
+    monkeypatch.setattr("posttrain.launch.slurm.submit.time.sleep", nap)
+    again = submit(plan(), Quiet())
+    assert naps and not again.kept
+    assert slurm.state(first.jobs["train"]) == slurm.state(first.jobs["evaluate"]) == "CANCELLED"
+    assert "--dependency=afterok:104" in slurm.named("sbatch")[4], "not after the job that is gone"
+
+
+def test_a_waiting_job_of_another_key_is_submitted_anew(slurm):
+    first = submit(plan(), Quiet())
+    made = plan()
+    events = made.run_dir.events_path
+    events.write_text(events.read_text().replace(made["evaluate"].key, "0" * 32))
+    again = submit(made, Quiet())
+    assert again.kept == ["source", "train"]
+    assert slurm.state(first.jobs["evaluate"]) == "CANCELLED" and again.jobs["evaluate"] == "104"
+
+
+def test_a_job_at_work_on_what_is_to_be_made_otherwise_is_not_passed_over(slurm):
+    first = submit(plan(), Quiet())
+    made = plan()
+    events = made.run_dir.events_path
+    events.write_text(events.read_text().replace(made["evaluate"].key, "0" * 32))
+    slurm.set(first.jobs["evaluate"], "RUNNING")
+    with pytest.raises(RecipeError, match="job 103 is at work on stage evaluate"):
+        submit(made, Quiet())
+    assert len(slurm.named("sbatch")) == 3 and read_ledger(made.run_dir).jobs == first.jobs
+
+
+def test_a_resubmission_that_fails_leaves_what_is_in_the_queue(slurm):
+    first = submit(plan(), Quiet())
+    slurm.set(first.jobs["evaluate"], "CANCELLED")
+    slurm.refuse("sbatch", 3)
+    with pytest.raises(StageError):
+        submit(plan(), Quiet())
+    left = read_ledger(plan().run_dir)
+    assert left.finished is None and left.jobs == {"source": "101", "train": "102"}
+    assert slurm.state("101") == slurm.state("102") == "PENDING"
+
+
+def test_a_run_that_is_still_being_cancelled_is_waited_for(slurm, monkeypatch):
+    made = plan()
+    first = submit(made, Quiet())
+    EventLog(made.run_dir.events_path).append("stop_requested", source="cancel")
+    monkeypatch.setattr("posttrain.launch.slurm.submit.ENDING_SECONDS", -1.0)
+    with pytest.raises(RecipeError, match="were told to end and have not"):
+        submit(plan(), Quiet())
+    assert len(slurm.named("sbatch")) == len(first.jobs)

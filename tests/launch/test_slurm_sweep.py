@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_shared_stages_once_and_the_others_as_arrays(slurm: FakeSlurm):
     text = Path("outputs/sweeps/many/slurm/train.sh").read_text()
     assert "#SBATCH --array=0-2" in text and "train-%A_%a.out" in text
     assert "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in text
-    runs = Path("outputs/sweeps/many/slurm/train-0.runs").read_text().split()
+    runs = next(Path("outputs/sweeps/many/slurm").glob("train-*.runs")).read_text().split()
     assert [Path(run).name for run in runs] == ["point-1", "point-2", "point-3"]
 
 
@@ -107,3 +108,35 @@ def test_a_refused_array_ends_the_sweep(slurm):
         send(plans)
     assert slurm.state("101") == "CANCELLED"
     assert all(plan.run_dir.events()[-1]["event"] == "run_finished" for plan in plans)
+
+
+def test_a_later_submission_leaves_the_lists_of_living_arrays_alone(slurm):
+    send(points(0.1, 0.2, 0.3))
+    (first,) = Path("outputs/sweeps/many/slurm").glob("train-*.runs")
+    before = first.read_text()
+    slurm.set("102_1", "FAILED")
+    slurm.set("102_2", "FAILED")
+    slurm.set("103_1", "CANCELLED")
+    slurm.set("103_2", "CANCELLED")
+    send(points(0.1, 0.2, 0.3))
+    assert first.read_text() == before
+    lists = {path.name for path in Path("outputs/sweeps/many/slurm").glob("train-*.runs")}
+    assert first.name in lists and len(lists) == 2
+
+
+def test_points_wait_for_their_own_parents_alone(slurm):
+    """Two rates, two seeds of what comes after: one rate that fails must not take the other's points with it."""
+    plans = []
+    for number, (rate, sample) in enumerate([(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)], 1):
+        frame = {"launcher": {"name": "slurm", "type": "slurm"}, "run": {"name": f"grid-{number}"}}
+        resolved = recipe(frame=frame, lr=rate)
+        evaluate = resolved.stages["evaluate"].model_copy(update={"seed_of_sample": sample})
+        plans.append(make_plan(replace(resolved, stages={**resolved.stages, "evaluate": evaluate})))
+    jobs = send(plans)
+    assert len({one["train"] for one in jobs}) == 2
+    dependencies = [
+        word for call in slurm.named("sbatch") if "evaluate" in call[-1] for word in call if "--dependency" in word
+    ]
+    assert sorted(dependencies) == [
+        f"--dependency=afterok:{train},afterok:101" for train in sorted({one["train"] for one in jobs})
+    ]

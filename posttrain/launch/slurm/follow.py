@@ -8,7 +8,7 @@ from posttrain.errors import EXIT_DONE, EXIT_INTERRUPTED, StageError
 from posttrain.launch.job import LOCK, STOP, work_dirs_of
 from posttrain.launch.signals import Interrupts
 from posttrain.launch.slurm.commands import queued, scancel
-from posttrain.launch.slurm.ledger import Ledger, read_ledger, settle
+from posttrain.launch.slurm.ledger import Ledger, read_ledger, settle, tell_sharing
 from posttrain.pipeline.events import EventLog, EventReader
 from posttrain.pipeline.execution import RunResult
 from posttrain.pipeline.frozen import frozen_plan
@@ -88,6 +88,10 @@ def press(run: RunDir, *, now: bool = False) -> Ledger:
         return ledger
     waiting = {stage: job for stage, job in jobs.items() if there[job] == "PENDING"}
     scancel(waiting.values(), "--state=PENDING")
+    for stage, job in waiting.items():
+        # Other runs of a sweep wait for it too.
+        message = f"run {run.name}, which was to compute it, was cancelled"
+        tell_sharing(run, stage, "stage_cancelled", job, message=message)
     for folder in work_dirs_of(run):
         if held(folder / LOCK):
             (folder / STOP).touch()

@@ -37,6 +37,7 @@ class Entry:
         after: stages it waits for, with the policy ("afterok", "afterany").
         sharing: names of the other runs of a sweep for which the job computes the stage.
         owner: name of the run whose job computes the stage, when it is another one's.
+        key: of the stage, as it was submitted.
     """
 
     status: str = "queued"
@@ -44,6 +45,7 @@ class Entry:
     after: dict[str, str] = field(default_factory=dict)
     sharing: list[str] = field(default_factory=list)
     owner: str | None = None
+    key: str = ""
 
     @property
     def over(self) -> bool:
@@ -97,6 +99,9 @@ def _take_in(entry: Entry, kind: str, event: Event) -> None:
     if kind == "stage_submitted":
         entry.job, entry.after = str(event["job"]), dict(event.get("after", {}))
         entry.sharing, entry.owner = list(event.get("sharing", [])), event.get("owner")
+        entry.key = str(event.get("key", ""))
+        if event.get("running"):  # a job that was kept
+            entry.status = "running"
     elif kind == "stage_started":
         entry.status = "running"
     elif kind in _ENDS:
@@ -117,7 +122,13 @@ def active_jobs(run: RunDir) -> dict[str, str]:
 def refuse_beside_jobs(run: RunDir) -> None:
     """Raises RecipeError when a run that is to be executed here has jobs in a queue that execute it already."""
     ledger = read_ledger(run) if run.exists() else Ledger()
-    if ledger.slurm and ledger.finished is None and (jobs := active_jobs(run)):
+    if not ledger.slurm or ledger.finished is not None:
+        return
+    try:
+        jobs = active_jobs(run)
+    except StageError:
+        return  # no Slurm to ask here; that no stage is computed twice at a time is seen to by the locks
+    if jobs:
         listed = ", ".join(f"{stage} {job}" for stage, job in jobs.items())
         fix = f"wait for them (posttrain status {run.name}), or end them first: posttrain cancel {run.name}"
         raise RecipeError(f"run {run.name} has jobs of Slurm's in the queue: {listed}", str(run.path), fix)
@@ -146,6 +157,21 @@ def cancel_descendants(run: RunDir, stage: str, message: str) -> list[str]:
         # Slurm ends them by itself, as what they depend on has failed.
         print(f"posttrain: {error}", flush=True)
     return names
+
+
+def tell_sharing(run: RunDir, stage: str, event: str, job: str, **fields: Any) -> None:
+    """Tell the other runs of a sweep, for which the stage's job computes it too, what has become of it."""
+    from posttrain.pipeline.frozen import frozen_plan
+
+    entry = read_ledger(run).entries.get(stage)
+    for name in entry.sharing if entry is not None else ():
+        other = RunDir(run.path.with_name(name))
+        EventLog(other.events_path).append(event, stage, job=job, **fields)
+        if event == "stage_cancelled":
+            cancel_descendants(other, stage, str(fields["message"]))
+        elif (artifact := other.artifact(stage)) is not None:
+            other.link_artifact(stage, artifact.folder)
+        settle(other, lambda other=other: frozen_plan(other), own_job=job)
 
 
 def settle(
@@ -201,7 +227,10 @@ def _give_up_lost(run: RunDir, ledger: Ledger, own_job: str | None) -> None:
         if not elsewhere and (entry.job in there or (own_job is not None and entry.job == own_job)):
             continue
         facts: dict[str, Any] = {"job": entry.job}
-        if ledger.cancelled:
+        if entry.status == "running" and run.artifact(stage) is not None:
+            # The store has the last word: its event may have been lost.
+            log.append("stage_cached", stage, **facts)
+        elif ledger.cancelled:
             log.append("stage_stopped", stage, message="ended by posttrain cancel", **facts)
         elif entry.job is None:
             log.append("stage_cancelled", stage, message="it was never submitted", **facts)
@@ -210,7 +239,9 @@ def _give_up_lost(run: RunDir, ledger: Ledger, own_job: str | None) -> None:
             advice = f"  do: see `sacct -j {entry.job}` and {run.path}/slurm, then posttrain resume {run.name}"
             log.append("stage_failed", stage, message=f"stage {stage}: {why}\n{advice}", **facts)
         else:
-            log.append("stage_cancelled", stage, message=f"job {entry.job} was cancelled before it ran", **facts)
+            printed = f"{stage}-{entry.job}.out in the folder slurm of the run ({run.path}) or its sweep"
+            why = f"job {entry.job} was cancelled before it ran, or posttrain could not be started in it: see {printed}"
+            log.append("stage_cancelled", stage, message=why, **facts)
 
 
 def _report(run: RunDir, plan: Callable[[], Plan]) -> str:

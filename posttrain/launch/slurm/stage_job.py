@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from posttrain.launch.slurm.ledger import (
     failure_text,
     read_ledger,
     settle,
+    tell_sharing,
 )
 from posttrain.pipeline.events import Event, EventLog
 from posttrain.pipeline.frozen import frozen_plan
@@ -116,11 +118,18 @@ class StageJob(StageRunner):
         super()._show_events()
         self.cancelled = self.cancelled or self.state.stop_requested
 
+    def _claim(self, planned: StagePlan, work_dir: Path) -> Lock | None:
+        claim = super()._claim(planned, work_dir)
+        if claim is None:
+            self.log.append("stage_stopped", planned.name, waiting=True, **self._stopped_how())
+        return claim
+
     def _conclude(self, planned: StagePlan, job: Job, code: int) -> tuple[str, str]:
         if code not in (EXIT_DONE, EXIT_STOPPED) and not self._stop_wanted():
             time.sleep(SIGNAL_SECONDS)
         outcome = self._outcome(planned)
-        ended = outcome is not None and f"signal {int(signal.SIGTERM)}" in str(outcome.get("message"))
+        said = "" if outcome is None else str(outcome.get("message"))
+        ended = f"signal {int(signal.SIGTERM)}" in said or f"exited {128 + signal.SIGTERM}" in said
         if self._stop_wanted() and ended:
             # Ranks that Slurm's own SIGTERM ended: a stop, though not one that could save.
             (self.plan.store.work_dir(planned.stage.type, planned.key) / OUTCOME).unlink(missing_ok=True)
@@ -133,7 +142,7 @@ def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = Fals
     0: done. 75: stopped by a signal, to be requeued. 130: stopped because the run was cancelled. 1: failed.
 
     Args:
-        force: the stage runs although it is in the store; of a job's first attempt only.
+        force: the stage runs although it is in the store, until an attempt of this job has begun to.
         died: nothing is run: an earlier process of this kind has ended with this code and could not say why.
     """
     run = RunDir(folder.absolute())
@@ -156,7 +165,7 @@ def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = Fals
         if restarts:
             log.append("stage_requeued", stage, job=this_job(), restarts=restarts, node=this_node())
         plan = _plan(run, stage)
-        plan[stage].forced = force and not restarts
+        plan[stage].forced = force and not _has_begun(run, stage)
         runner = StageJob(plan, run, stage, interrupts, restarts)
         # Asked once the runner listens for it.
         if read_ledger(run).cancelled:
@@ -172,27 +181,36 @@ def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = Fals
         log.append("stage_failed", stage, message=message, job=this_job())
     if status == "failed":
         print(f"posttrain: {message}", flush=True)
-        _others(run, stage, "stage_cancelled", message=f"stage {stage} failed")
+    try:
+        _see_to_others(run, stage, status)
+    except Exception:
+        # What has become of this stage stands; whoever looks at the run next sees to the rest.
+        traceback.print_exc()
+    codes = {"done": EXIT_DONE, "cached": EXIT_DONE, "cancelled": EXIT_INTERRUPTED, "stopped": EXIT_STOPPED}
+    return codes.get(status, EXIT_FAILED)
+
+
+def _see_to_others(run: RunDir, stage: str, status: str) -> None:
+    """Tell whom the stage's end concerns: stages that need it, other runs of a sweep, the run as a whole."""
+    if status == "stopped":
+        return
+    if status == "failed":
+        tell_sharing(run, stage, "stage_cancelled", this_job(), message=f"stage {stage} failed")
         cancel_descendants(run, stage, f"stage {stage} failed")
     elif status == "cancelled":
-        _others(run, stage, "stage_cancelled", message=f"run {run.name}, which computed it, was cancelled")
-    elif status in ("done", "cached"):
-        _others(run, stage, "stage_cached")
-    if status == "stopped":
-        return EXIT_STOPPED
+        message = f"run {run.name}, which computed it, was cancelled"
+        tell_sharing(run, stage, "stage_cancelled", this_job(), message=message)
+    else:
+        tell_sharing(run, stage, "stage_cached", this_job())
     settle(run, lambda: frozen_plan(run), own_job=this_job())
-    return {"done": EXIT_DONE, "cached": EXIT_DONE, "cancelled": EXIT_INTERRUPTED}.get(status, EXIT_FAILED)
 
 
-def _others(run: RunDir, stage: str, event: str, **fields: Any) -> None:
-    """Tell the other runs of a sweep for which this job has computed the stage."""
-    entry = read_ledger(run).entries.get(stage)
-    for name in entry.sharing if entry is not None else ():
-        other = RunDir(run.path.with_name(name))
-        EventLog(other.events_path).append(event, stage, job=this_job(), **fields)
-        if event == "stage_cancelled":
-            cancel_descendants(other, stage, str(fields["message"]))
-        settle(other, lambda other=other: frozen_plan(other), own_job=this_job())
+def _has_begun(run: RunDir, stage: str) -> bool:
+    """Whether an attempt of this job has started the stage."""
+    return any(
+        event["event"] == "stage_started" and event.get("stage") == stage and event.get("job") == this_job()
+        for event in run.events()
+    )
 
 
 def _plan(run: RunDir, stage: str) -> Plan:
@@ -235,17 +253,28 @@ def requeues_without_progress(events: Iterable[Event], stage: str) -> int:
     How far an attempt came is what it reported, by unit; one in which posttrain did not even start counts as none.
     """
     best: dict[str, float] = {}
-    further, count, restarts = False, 0, 0
+    further, waited, count = False, False, 0
+    restarts: int | None = 0
     for event in events:
         kind = event["event"]
         if kind == "run_started":
-            further, count, restarts = False, 0, 0
+            # A job that is kept goes on counting where it was; how far another submission came says nothing.
+            further, waited, count, restarts = False, False, 0, None
+            best.clear()
         if event.get("stage") != stage:
             continue
+        if kind == "stage_submitted" and not event.get("kept"):
+            restarts = 0
         if kind == "stage_requeued":
-            now = int(event.get("restarts", restarts + 1))
-            count = (0 if further else count + 1) + max(0, now - restarts - 1)
-            further, restarts = False, now
+            before = 0 if restarts is None else restarts
+            now = int(event.get("restarts", before + 1))
+            missed = 0 if restarts is None else max(0, now - restarts - 1)
+            if not waited:
+                count = 0 if further else count + 1
+            count += missed
+            further, waited, restarts = False, False, now
+        if kind == "stage_stopped" and event.get("waiting"):
+            waited = True
         for unit, reached in _reached(event).items():
             if reached > best.get(unit, 0.0):
                 best[unit], further = reached, True

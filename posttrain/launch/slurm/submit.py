@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import EXIT_FAILED, Problem, RecipeError, StageError
 from posttrain.launch.slurm.commands import queued, sbatch, scancel
-from posttrain.launch.slurm.ledger import dependencies_of, read_ledger
+from posttrain.launch.slurm.ledger import Ledger, dependencies_of, read_ledger
 from posttrain.launch.slurm.script import Place, script_text
 from posttrain.pipeline.execution import Execution, RunResult, freeze
 from posttrain.pipeline.files import write_text
@@ -20,6 +21,8 @@ from posttrain.pipeline.run_dir import RunDir
 from posttrain.pipeline.runner import check_name, check_selection
 from posttrain.pipeline.stage_runner import Display, StageRunner
 
+ENDING_SECONDS = 180.0
+"""For jobs that were told to end: longer than clusters wait between SIGTERM and SIGKILL."""
 After = Mapping[str, tuple[str, str]]
 """What a job waits for: stage to (policy, job)."""
 
@@ -105,42 +108,110 @@ def submit(plan: Plan, display: Display) -> Submitted:
         stages = to_submit(plan)
         if not stages:
             return Submitted(run, result=Execution(plan, run, display).run_all())
-        return Submission(plan, run, display).submit(stages, queued())
+        return Submission(plan, run, display).submit(stages, await_ends([run], display))
+
+
+def await_ends(runs: Sequence[RunDir], display: Display) -> dict[str, str]:
+    """Jobs in the queue with their states, once none of these runs' is on its way out and would be taken to go on.
+
+    Raises:
+        RecipeError: they do not end.
+    """
+    deadline, told = time.monotonic() + ENDING_SECONDS, False
+    while True:
+        there = queued()
+        ending = {job: run.name for run in runs for job in _ending(run, there)}
+        if not ending:
+            return there
+        listed = ", ".join(ending)
+        if time.monotonic() > deadline:
+            what = f"jobs of run {next(iter(ending.values()))} were told to end and have not: {listed}"
+            raise RecipeError(what, fix=f"wait for them, or end them: scancel {' '.join(ending)}")
+        if not told:
+            display.note(f"waiting for jobs that are just ending: {listed}")
+            told = True
+        time.sleep(1.0)
+
+
+def _ending(run: RunDir, there: Mapping[str, str]) -> list[str]:
+    ledger = read_ledger(run)
+    jobs = [job for job in ledger.jobs.values() if job in there]
+    return jobs if ledger.cancelled else [job for job in jobs if there[job] == "COMPLETING"]
 
 
 class Submission(StageRunner):
     """One submission of a run; the caller holds the run's lock, for which the jobs wait before they begin."""
 
     def begin(self, stages: list[StagePlan], there: Mapping[str, str], **facts: Any) -> dict[str, str]:
-        """Write down what is to come; stage to job of those that are in the queue already."""
+        """Write down what is to come; stage to job of those that are in the queue already.
+
+        Raises:
+            RecipeError: a job is at work on a stage that is to be made otherwise now. Nothing has been written.
+        """
+        before = read_ledger(self.run_dir) if self.run_dir.exists() else Ledger()
+        kept, stale = self._in_queue(stages, before, there)
         freeze(self.plan, self.run_dir)
         facts |= {"recipe": self.plan.resolved.recipe, "stages": len(self.plan.stages)}
         self.log.append("run_started", launcher="slurm", expected=[planned.name for planned in stages], **facts)
         # What has ended until now, in the eyes of the events; what ends from here on is the new ledger's.
         events = self.run_dir.events()
         last = max(index for index, event in enumerate(events) if event["event"] == "run_started")
-        active = {name: job for name, job in read_ledger(self.run_dir, events[:last]).jobs.items() if job in there}
+        left = read_ledger(self.run_dir, events[:last]).jobs
+        kept = {name: job for name, job in kept.items() if name in left}
         for planned in self.plan.stages:
             if planned.artifact is not None and planned not in stages:
                 self._cached(planned, planned.artifact)
-        return {one.name: active[one.name] for one in stages if one.name in active and not one.forced}
+        # Before anything is submitted: they may begin or end at any time.
+        place = place_of(self.run_dir)
+        for planned in (one for one in stages if one.name in kept):
+            after = {one: (how, kept[one]) for one, how in needs(self.plan, planned).items() if one in kept}
+            entry = before.entries[planned.name]
+            facts = {"kept": True, "running": entry.status == "running", "sharing": entry.sharing}
+            self.record(planned, kept[planned.name], after, place.script(planned.name), **facts)
+        scancel(stale)
+        return kept
+
+    def _in_queue(
+        self, stages: list[StagePlan], before: Ledger, there: Mapping[str, str]
+    ) -> tuple[dict[str, str], list[str]]:
+        """Stage to job of those that go on, and jobs that wait for what will not come, or with other settings."""
+        kept: dict[str, str] = {}
+        stale, problems, names = [], [], {one.name for one in stages}
+        for planned in stages:
+            job = before.jobs.get(planned.name)
+            if job is None or job not in there:
+                continue
+            parents = {one for one in needs(self.plan, planned) if one in names}
+            same = before.entries[planned.name].key == planned.key and not planned.forced
+            if same and parents <= kept.keys():
+                kept[planned.name] = job
+            elif there[job] == "PENDING":
+                stale.append(job)
+            else:
+                what = f"job {job} is at work on stage {planned.name}, which is to be made otherwise now"
+                fix = f"wait for it, or end it first: posttrain cancel {self.plan.run_name}"
+                problems.append(Problem(what, fix=fix))
+        if problems:
+            raise RecipeError(problems=problems)
+        return kept, stale
 
     def record(self, planned: StagePlan, job: str, after: After, script: Path, **facts: Any) -> None:
         """Write down that a stage's job is in the queue."""
         policies = {name: policy for name, (policy, _) in after.items()}
         facts |= {"job": job, "after": policies, "dependency": dependencies_of(after), "script": str(script)}
+        facts["key"] = planned.key
         self.log.append("stage_submitted", planned.name, **facts)
 
     def submit(self, stages: list[StagePlan], there: Mapping[str, str]) -> Submitted:
         """Submit every stage that is not in the queue yet."""
         kept, place = self.begin(stages, there), place_of(self.run_dir)
-        jobs: dict[str, str] = {}
+        jobs = dict(kept)
         try:
-            for planned in stages:
+            for planned in (one for one in stages if one.name not in kept):
                 name = planned.name
                 after = {one: (policy, jobs[one]) for one, policy in needs(self.plan, planned).items() if one in jobs}
-                jobs[name] = kept[name] if name in kept else send(self.plan, planned, place, after)
-                self.record(planned, jobs[name], after, place.script(name), kept=name in kept)
+                jobs[name] = send(self.plan, planned, place, after)
+                self.record(planned, jobs[name], after, place.script(name), kept=False)
         except BaseException as error:
             undo([self], {job for name, job in jobs.items() if name not in kept}, error)
             raise

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from posttrain.errors import RecipeError
-from posttrain.launch.slurm.commands import queued
 from posttrain.launch.slurm.ledger import settle
 from posttrain.launch.slurm.script import Place
-from posttrain.launch.slurm.submit import After, Submission, needs, place_of, send, to_submit, undo
+from posttrain.launch.slurm.submit import After, Submission, await_ends, needs, place_of, send, to_submit, undo
 from posttrain.pipeline.files import write_text
+from posttrain.pipeline.fingerprint import digest
 from posttrain.pipeline.lock import Lock, LockHeld
 from posttrain.pipeline.plan import Plan
 from posttrain.pipeline.stage_runner import Display
@@ -57,7 +57,7 @@ def submit_sweep(plans: Sequence[Plan], folder: Path, display: Display) -> list[
 
 class _Sweep:
     def __init__(self, plans: Sequence[Plan], folder: Path, display: Display) -> None:
-        self.plans, self.folder = plans, folder
+        self.plans, self.folder, self.display = plans, folder, display
         self.stages = [to_submit(plan) for plan in plans]
         self.submissions = [Submission(plan, plan.run_dir, display) for plan in plans]
         self.jobs: list[dict[str, str]] = [{} for _ in plans]
@@ -65,7 +65,7 @@ class _Sweep:
         self.new: set[str] = set()
 
     def submit(self) -> list[dict[str, str]]:
-        there = queued()
+        there = await_ends([plan.run_dir for plan in self.plans], self.display)
         self.kept = [
             one.begin(stages, there, sweep=self.folder.name)
             for one, stages in zip(self.submissions, self.stages, strict=True)
@@ -97,7 +97,26 @@ class _Sweep:
                 frame = self.plans[number].resolved.frame
                 alike.setdefault(f"{frame.launcher!r} {frame.engine!r}", []).append(number)
         for numbers in alike.values():
-            yield _Group(name, numbers, shared)
+            for together in self._with_equal_parents(name, numbers):
+                yield _Group(name, together, shared)
+
+    def _with_equal_parents(self, name: str, numbers: list[int]) -> Iterable[list[int]]:
+        """Points that one array can do for: its dependency is the same for all tasks, or goes task by task.
+
+        An array that waited for all of another one would be lost with the first of that one's tasks that fails.
+        """
+        by_array: dict[object, list[int]] = {}
+        for number in numbers:
+            jobs = [(one, job.partition("_")[0]) for one, (_, job) in self._after(number, name).items()]
+            by_array.setdefault(tuple(jobs), []).append(number)
+        for together in by_array.values():
+            if self._after_of_all(_Group(name, together)) is not None:
+                yield together
+                continue
+            by_job: dict[object, list[int]] = {}
+            for number in together:
+                by_job.setdefault(tuple(self._after(number, name).items()), []).append(number)
+            yield from by_job.values()
 
     def _group(self, group: _Group) -> None:
         name, first = group.stage, self.plans[group.owners[0]]
@@ -105,6 +124,7 @@ class _Sweep:
         place = self._place(group) if array else place_of(first.run_dir)
         if not group.jobs:
             after = self._after_of_all(group) if array else self._after(group.owners[0], name)
+            assert after is not None, "points of an array have equal parents"
             job = send(first, first[name], place, after)
             self.new.add(job)
             group.jobs = {number: f"{job}_{task}" if array else job for task, number in enumerate(group.owners)}
@@ -124,8 +144,10 @@ class _Sweep:
         """Where an array's script is, with the list of the runs that its tasks are for."""
         folder = self.folder / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
-        runs = folder / f"{group.stage}-{group.owners[0]}.runs"
-        write_text(runs, "".join(f"{self.plans[number].run_dir.path}\n" for number in group.owners))
+        content = "".join(f"{self.plans[number].run_dir.path}\n" for number in group.owners)
+        # By content: a task of an earlier submission may read its own list again when it is requeued.
+        runs = folder / f"{group.stage}-{digest(content)[:12]}.runs"
+        write_text(runs, content)
         return Place(folder, self.folder.name, runs=runs, tasks=len(group.owners))
 
     def _after(self, number: int, name: str) -> After:
@@ -133,20 +155,28 @@ class _Sweep:
         plan, jobs = self.plans[number], self.jobs[number]
         return {one: (policy, jobs[one]) for one, policy in needs(plan, plan[name]).items() if one in jobs}
 
-    def _after_of_all(self, group: _Group) -> After:
-        """What an array waits for: task by task where those before it are the same tasks of another array."""
+    def _after_of_all(self, group: _Group) -> After | None:
+        """What an array waits for: the one job before all tasks, or, task by task, those of another array.
+
+        None where neither is so.
+        """
         found: dict[str, tuple[str, str]] = {}
         each = [self._after(number, group.stage) for number in group.owners]
         for parent in dict.fromkeys(one for after in each for one in after):
-            policy = next(after[parent][0] for after in each if parent in after)
-            jobs = [after[parent][1] if parent in after else "" for after in each]
-            arrays = {job.partition("_")[0] for job in jobs if job}
-            task_by_task = len(arrays) == 1 and jobs == [f"{next(iter(arrays))}_{task}" for task in range(len(jobs))]
-            if task_by_task and policy == "afterok" and self._tasks(parent, jobs) == len(jobs):
-                found[parent] = ("aftercorr", next(iter(arrays)))
-                continue
-            for position, array in enumerate(sorted(arrays)):
-                found[f"{parent} {position}" if position else parent] = (policy, array)
+            if not all(parent in after for after in each):
+                return None
+            policy, jobs = each[0][parent][0], [after[parent][1] for after in each]
+            array = jobs[0].partition("_")[0]
+            if len(set(jobs)) == 1:
+                found[parent] = (policy, jobs[0])
+            elif (
+                policy == "afterok"
+                and jobs == [f"{array}_{task}" for task in range(len(jobs))]
+                and self._tasks(parent, jobs) == len(jobs)
+            ):
+                found[parent] = ("aftercorr", array)
+            else:
+                return None
         return found
 
     def _tasks(self, parent: str, jobs: Sequence[str]) -> int:
