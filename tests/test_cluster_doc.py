@@ -6,21 +6,14 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from posttrain.cli.submit import with_launcher
 from posttrain.config import load_recipe
-from posttrain.config.schema import Engine
 from posttrain.launch.slurm.submit import dry_run
 from posttrain.pipeline.plan import make_plan
 
 PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
-SEVERAL_NODES = any(getattr(rule, "le", 1) > 1 for rule in Engine.model_fields["nodes"].metadata)
-
-
-@pytest.mark.skipif(not SEVERAL_NODES, reason="engine.nodes is 1 in this version")
 def test_the_page_shows_what_would_be_submitted(tmp_path, monkeypatch) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
     (command,) = [block for block in blocks if "engine.nodes=4" in block]
