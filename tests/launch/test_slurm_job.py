@@ -20,6 +20,7 @@ from posttrain.launch.slurm.follow import request
 from posttrain.launch.slurm.ledger import read_ledger, settle
 from posttrain.launch.slurm.stage_job import requeues_without_progress
 from posttrain.launch.slurm.submit import submit
+from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.stage_runner import Quiet
 
@@ -163,6 +164,16 @@ def test_force_is_not_lost_when_the_first_attempt_was_stopped_before_it_began(jo
     submit(made, Quiet())
     assert job(made, "train", force=True, restarts=1) == 0
     assert kinds(made.run_dir).count(("stage_finished", "train")) == 2
+
+
+def test_an_attempt_that_goes_on_is_not_forced_to_begin_again(job):
+    made = submitted()
+    assert job(made, "source") == 0 and job(made, "train") == 0
+    made = make_plan(recipe(frame=SLURM), force=["train"])
+    submit(made, Quiet())
+    EventLog(made.run_dir.events_path).append("stage_started", "train", job=_job(made, "train"), attempt=2)
+    assert job(made, "train", force=True, restarts=1) == 0
+    assert kinds(made.run_dir).count(("stage_finished", "train")) == 1
 
 
 def _attempts(*attempts, first=0):
