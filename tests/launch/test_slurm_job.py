@@ -171,7 +171,8 @@ def test_an_attempt_that_goes_on_is_not_forced_to_begin_again(job):
     assert job(made, "source") == 0 and job(made, "train") == 0
     made = make_plan(recipe(frame=SLURM), force=["train"])
     submit(made, Quiet())
-    EventLog(made.run_dir.events_path).append("stage_started", "train", job=_job(made, "train"), attempt=2)
+    begun = read_ledger(made.run_dir).jobs["train"]
+    EventLog(made.run_dir.events_path).append("stage_started", "train", job=begun, attempt=2)
     assert job(made, "train", force=True, restarts=1) == 0
     assert kinds(made.run_dir).count(("stage_finished", "train")) == 1
 
