@@ -199,7 +199,7 @@ def test_a_controller_that_is_down_ends_nothing(slurm, monkeypatch):
     assert settle(made.run_dir, lambda: frozen_plan(made.run_dir)).finished is None
 
 
-def _down(**_):
+def _down(*_, **__):
     raise StageError("squeue failed: Unable to contact slurm controller")
 
 
@@ -303,3 +303,14 @@ def test_a_run_that_is_still_being_cancelled_is_waited_for(slurm, monkeypatch):
     with pytest.raises(RecipeError, match="were told to end and have not"):
         submit(plan(), Quiet())
     assert len(slurm.named("sbatch")) == len(first.jobs)
+
+
+def test_a_stale_job_that_slurm_does_not_cancel_leaves_the_run_as_it_was(slurm, monkeypatch):
+    made = plan()
+    first = submit(made, Quiet())
+    made.run_dir.events_path.write_text(made.run_dir.events_path.read_text().replace(made["evaluate"].key, "0" * 32))
+    monkeypatch.setattr("posttrain.launch.slurm.submit.scancel", _down)
+    with pytest.raises(StageError):
+        submit(plan(), Quiet())
+    assert read_ledger(made.run_dir).jobs == first.jobs
+    assert kinds(made.run_dir).count(("run_started", None)) == 1

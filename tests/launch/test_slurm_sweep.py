@@ -9,7 +9,7 @@ import pytest
 from fake_slurm import FakeSlurm
 from submitted_runs import recipe
 
-from posttrain.errors import StageError
+from posttrain.errors import RecipeError, StageError
 from posttrain.launch.slurm.ledger import read_ledger
 from posttrain.launch.slurm.sweep import count_of, submit_sweep
 from posttrain.pipeline.plan import make_plan
@@ -140,3 +140,18 @@ def test_points_wait_for_their_own_parents_alone(slurm):
     assert sorted(dependencies) == [
         f"--dependency=afterok:{train},afterok:101" for train in sorted({one["train"] for one in jobs})
     ]
+
+
+def test_a_point_that_cannot_be_submitted_leaves_the_others_as_they_are(slurm):
+    """The first points would otherwise have begun anew, with nothing submitted for them."""
+    plans = points(0.1, 0.2)
+    jobs = send(plans)
+    second = plans[1].run_dir
+    second.events_path.write_text(second.events_path.read_text().replace(plans[1]["train"].key, "0" * 32))
+    slurm.set("101", "COMPLETED")
+    slurm.set(jobs[1]["train"], "RUNNING")
+    before = [plan.run_dir.events() for plan in plans]
+    with pytest.raises(RecipeError, match="at work on stage train"):
+        send(points(0.1, 0.2))
+    assert [plan.run_dir.events() for plan in plans] == before
+    assert not slurm.named("scancel")

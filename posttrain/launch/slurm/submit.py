@@ -148,8 +148,10 @@ class Submission(StageRunner):
         Raises:
             RecipeError: a job is at work on a stage that is to be made otherwise now. Nothing has been written.
         """
-        before = read_ledger(self.run_dir) if self.run_dir.exists() else Ledger()
+        before = self._before()
         kept, stale = self._in_queue(stages, before, there)
+        # First of all: should Slurm refuse, the run stays as it was.
+        scancel(stale)
         freeze(self.plan, self.run_dir)
         facts |= {"recipe": self.plan.resolved.recipe, "stages": len(self.plan.stages)}
         self.log.append("run_started", launcher="slurm", expected=[planned.name for planned in stages], **facts)
@@ -168,8 +170,14 @@ class Submission(StageRunner):
             entry = before.entries[planned.name]
             facts = {"kept": True, "running": entry.status == "running", "sharing": entry.sharing}
             self.record(planned, kept[planned.name], after, place.script(planned.name), **facts)
-        scancel(stale)
         return kept
+
+    def check(self, stages: list[StagePlan], there: Mapping[str, str]) -> None:
+        """Raise RecipeError where `begin` would: for who begins several runs, and must not stop half way."""
+        self._in_queue(stages, self._before(), there)
+
+    def _before(self) -> Ledger:
+        return read_ledger(self.run_dir) if self.run_dir.exists() else Ledger()
 
     def _in_queue(
         self, stages: list[StagePlan], before: Ledger, there: Mapping[str, str]

@@ -38,7 +38,7 @@ def submit_sweep(plans: Sequence[Plan], folder: Path, display: Display) -> list[
     """Submit all points of a sweep that have something to do; stage to job of each point.
 
     Raises:
-        RecipeError: another process executes one of the runs.
+        RecipeError: another process executes one of the runs, or a job is at work on what is to be made otherwise now.
         StageError: Slurm refused a job; those submitted before it are cancelled.
     """
     with ExitStack() as locks:
@@ -66,6 +66,8 @@ class _Sweep:
 
     def submit(self) -> list[dict[str, str]]:
         there = await_ends([plan.run_dir for plan in self.plans], self.display)
+        for one, stages in zip(self.submissions, self.stages, strict=True):
+            one.check(stages, there)
         self.kept = [
             one.begin(stages, there, sweep=self.folder.name)
             for one, stages in zip(self.submissions, self.stages, strict=True)
