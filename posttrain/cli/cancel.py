@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,17 +14,29 @@ if TYPE_CHECKING:
 
 
 def command(
-    run: Annotated[str | None, typer.Argument(help="Run name or its beginning; the newest run when omitted.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Run name or its beginning, or a submitted sweep's name; else the newest run."),
+    ] = None,
     now: Annotated[
         bool, typer.Option("--now/--graceful", help="Kill the worker instead of letting it save its state.")
     ] = False,
     outputs: Annotated[Path, typer.Option(metavar="DIR", help="The outputs folder.")] = Path("outputs"),
 ) -> None:
-    """Ask a run to save its state and stop, and wait until it has. A submitted run's waiting jobs are cancelled."""
+    """Ask a run to save its state and stop, and wait until it has. A submitted run's waiting jobs are cancelled.
+
+    Of a submitted sweep, all points are stopped.
+    """
     from posttrain.pipeline.lock import held
     from posttrain.pipeline.run_dir import find_run
+    from posttrain.pipeline.sweep import find_sweep
 
-    found = find_run(run, outputs.absolute())
+    outputs = outputs.absolute()
+    sweep = find_sweep(run, outputs) if run is not None else None
+    if run is not None and sweep is not None and not (outputs / "runs" / run / "run.json").exists():
+        _cancel_points(sweep[1], outputs, now=now)
+        return
+    found = find_run(run, outputs)
     if _submitted(found):
         from posttrain.launch.slurm.follow import cancel
 
@@ -36,6 +49,22 @@ def command(
     while held(found.lock_path):
         time.sleep(0.1)
     typer.echo(how_it_ended(found))
+
+
+def _cancel_points(record: Mapping[str, Any], outputs: Path, *, now: bool) -> None:
+    """Stop the points of a sweep that are in the queue or running."""
+    from posttrain.launch.slurm.follow import cancel
+    from posttrain.pipeline.run_dir import RunDir
+
+    runs = [RunDir(outputs / "runs" / point["run"]) for point in record["points"] if point["run"]]
+    left = [run for run in runs if run.exists() and _submitted(run)]
+    if not left:
+        typer.echo(f"sweep {record['name']} has no submitted point left to stop")
+        typer.echo("one that runs on this machine ends with the run that it is at: posttrain cancel RUN")
+        return
+    cancel(*left, now=now)
+    for run in left:
+        typer.echo(how_it_ended(run))
 
 
 def _submitted(run: RunDir) -> bool:

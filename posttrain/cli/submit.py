@@ -20,7 +20,11 @@ def command(
         list[str] | None, typer.Option(metavar="STAGE", help="Run this stage although it is in the store; repeatable.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the files and commands of the submission; nothing is written.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the files and commands of the submission, of a sweep (-m) its points; nothing is written.",
+        ),
     ] = False,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
     multirun: Annotated[

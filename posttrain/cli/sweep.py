@@ -80,6 +80,7 @@ def _submit(
 ) -> int:
     """Submit the points to Slurm and, unless detached, follow them to their ends; returns the exit code."""
     from posttrain.cli.live import Live
+    from posttrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED
     from posttrain.launch.slurm.follow import follow
     from posttrain.launch.slurm.sweep import count_of, submit_sweep
     from posttrain.pipeline.sweep import compare_points, new_record, save_record
@@ -98,17 +99,22 @@ def _submit(
             live.note(f"when they are done, their comparison: posttrain report {name}")
             return 0
         results = []
-        for point, plan in zip(points, plans, strict=True):
+        for number, (point, plan) in enumerate(zip(points, plans, strict=True), 1):
             live.note(f"run {plan.run_name}: {point}")
-            results.append(follow(plan.run_dir, live))
-            if results[-1].exit_code in (75, 130):
+            results.append(follow(plan.run_dir, live, [later.run_dir for later in plans[number:]]))
+            if results[-1].exit_code == EXIT_INTERRUPTED:
                 break
     for result in results:
         if result.message:
             typer.echo(f"posttrain: {result.run_dir.name}: {result.message}", err=True)
+    codes = {result.exit_code for result in results}
+    if EXIT_INTERRUPTED in codes:
+        typer.echo(f"posttrain: the sweep's points are left as they are; end them: posttrain cancel {name}", err=True)
+    elif EXIT_STOPPED in codes:
+        typer.echo("posttrain: points were stopped; the same command goes on with them", err=True)
     report = compare_points(folder, plans[0].outputs, record)
     typer.echo(f"sweep: {folder}\nreport: {report}")
-    return max(result.exit_code for result in results)
+    return max(codes)
 
 
 def table_of(points: list[Point], plans: list[Plan]) -> list[str]:

@@ -9,11 +9,14 @@ import pytest
 from fake_slurm import FakeSlurm
 from submitted_runs import recipe
 
-from posttrain.errors import RecipeError, StageError
+from posttrain.cli import cancel
+from posttrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RecipeError, StageError
+from posttrain.launch.slurm.follow import follow, request
 from posttrain.launch.slurm.ledger import read_ledger
 from posttrain.launch.slurm.sweep import count_of, submit_sweep
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.stage_runner import Quiet
+from posttrain.pipeline.sweep import new_record, save_record
 
 
 def points(*rates, **launcher):
@@ -155,3 +158,72 @@ def test_a_point_that_cannot_be_submitted_leaves_the_others_as_they_are(slurm):
         send(points(0.1, 0.2))
     assert [plan.run_dir.events() for plan in plans] == before
     assert not slurm.named("scancel")
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_shared_job_that_is_cancelled_ends_the_points_that_wait_for_it(slurm, now):
+    plans = points(0.1, 0.2)
+    send(plans)
+    request(plans[0].run_dir, now=now)
+    assert slurm.state("101") == "CANCELLED"
+    end = plans[1].run_dir.events()[-1]
+    assert end["event"] == "run_finished"
+    (source,) = [e for e in plans[1].run_dir.events() if e["event"] == "stage_cancelled" and e["stage"] == "source"]
+    assert "point-1" in source["message"]
+
+
+def recorded(plans):
+    """The sweep's record, as the command writes it."""
+    folder = Path("outputs/sweeps/many").absolute()
+    record = new_record(folder, "toy", [], [{} for _ in plans])
+    for entry, plan in zip(record["points"], plans, strict=True):
+        entry["run"] = plan.run_name
+    save_record(folder, record)
+
+
+def test_cancelling_a_sweep_stops_all_points(slurm, capsys):
+    plans = points(0.1, 0.2, 0.3)
+    send(plans)
+    recorded(plans)
+    cancel.command("many", now=False, outputs=Path("outputs"))
+    assert {slurm.state(job) for job in ("101", "102_0", "102_1", "102_2", "103_2")} == {"CANCELLED"}
+    ends = [plan.run_dir.events()[-1] for plan in plans]
+    assert [(end["event"], end["status"]) for end in ends] == [("run_finished", "stopped")] * 3
+    said = capsys.readouterr().out
+    assert all(f"posttrain resume point-{number}" in said for number in (1, 2, 3))
+    cancel.command("many", now=False, outputs=Path("outputs"))
+    assert "no submitted point left" in capsys.readouterr().out
+
+
+class _Presses:
+    """Stands for the keyboard: Ctrl-C has been pressed so many times when it is looked at."""
+
+    count = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+def test_ctrl_c_stops_the_points_beside_the_one_that_is_followed(slurm, monkeypatch):
+    monkeypatch.setattr(_Presses, "count", 1)
+    monkeypatch.setattr("posttrain.launch.slurm.follow.Interrupts", _Presses)
+    plans = points(0.1, 0.2)
+    send(plans)
+    assert follow(plans[0].run_dir, Quiet(), [plans[1].run_dir]).exit_code == EXIT_STOPPED
+    assert {slurm.state(job) for job in ("101", "102_1", "103_1")} == {"CANCELLED"}
+    assert read_ledger(plans[1].run_dir).finished == "stopped", "before anybody follows it"
+
+
+def test_one_ctrl_c_leaves_a_run_that_is_stopping_already(slurm, monkeypatch):
+    monkeypatch.setattr(_Presses, "count", 1)
+    monkeypatch.setattr("posttrain.launch.slurm.follow.Interrupts", _Presses)
+    plans = points(0.1, 0.2)
+    send(plans)
+    slurm.set("101", "RUNNING")
+    request(*(plan.run_dir for plan in plans))
+    result = follow(plans[0].run_dir, Quiet())
+    assert result.exit_code == EXIT_INTERRUPTED and "left run point-1 as it is" in result.message
+    assert slurm.state("101") == "RUNNING"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.errors import EXIT_DONE, EXIT_INTERRUPTED, StageError
 from posttrain.launch.job import LOCK, STOP, work_dirs_of
@@ -23,11 +24,15 @@ ASK_SECONDS = 15.0
 PRESS_SECONDS = 3.0
 
 
-def follow(run: RunDir, display: Display) -> RunResult:
-    """Show a submitted run until it ends. The first Ctrl-C cancels it gracefully, the second leaves it as it is."""
+def follow(run: RunDir, display: Display, beside: Sequence[RunDir] = ()) -> RunResult:
+    """Show a submitted run until it ends. The first Ctrl-C cancels it gracefully, the second leaves it as it is.
+
+    Args:
+        beside: runs that the first Ctrl-C cancels too, such as the further points of a sweep.
+    """
     reader, state = EventReader(run.events_path), RunState()
     asked = time.monotonic()
-    old = True
+    old, obeyed = True, 0
     with Interrupts() as interrupts:
         while True:
             for event in reader.poll():
@@ -37,13 +42,15 @@ def follow(run: RunDir, display: Display) -> RunResult:
             old = False
             if state.exit_code is not None:
                 return _result(run, state)
-            if interrupts.count > 1:
+            # A run that somebody has cancelled already: the first Ctrl-C is for leaving it.
+            if interrupts.count > 1 or (state.stop_requested and interrupts.count > obeyed):
                 left = f"left run {run.name} as it is; see: posttrain status {run.name}"
                 return RunResult(run, EXIT_INTERRUPTED, left)
             if interrupts.count and not state.stop_requested:
                 display.note("stopping: running stages save their state first (Ctrl-C again leaves at once)")
-                EventLog(run.events_path).append("stop_requested", source="cancel", now=False)
-                _press_on(run, display, cancelled=True)
+                obeyed = 1
+                for one in _ask([run, *beside], now=False):
+                    _press_on(one, display, cancelled=True)
             elif time.monotonic() - asked > (PRESS_SECONDS if state.stop_requested else ASK_SECONDS):
                 asked = time.monotonic()
                 _press_on(run, display, cancelled=state.stop_requested)
@@ -68,10 +75,21 @@ def _result(run: RunDir, state: RunState) -> RunResult:
     return RunResult(run, state.exit_code or 0, message, report, followed=True)
 
 
-def request(run: RunDir, *, now: bool = False) -> None:
-    """Ask a submitted run to stop: say so in its events, and see to its jobs."""
-    EventLog(run.events_path).append("stop_requested", source="cancel", now=now)
-    press(run, now=now)
+def request(*runs: RunDir, now: bool = False) -> None:
+    """Ask submitted runs to stop: say so in their events, and see to their jobs."""
+    for run in _ask(runs, now=now):
+        press(run, now=now)
+
+
+def _ask(runs: Iterable[RunDir], *, now: bool) -> list[RunDir]:
+    """Write down that those of the runs which are not over shall stop; returns them.
+
+    Of all before any job is cancelled: a run of a sweep whose shared job is cancelled would else have failed.
+    """
+    going = [run for run in runs if read_ledger(run).finished is None]
+    for run in going:
+        EventLog(run.events_path).append("stop_requested", source="cancel", now=now)
+    return going
 
 
 def press(run: RunDir, *, now: bool = False) -> Ledger:
@@ -85,25 +103,34 @@ def press(run: RunDir, *, now: bool = False) -> Ledger:
     if now:
         scancel(jobs.values(), "--full", "--signal=KILL")
         scancel(jobs.values())
+        _tell_sharing(run, jobs)
         return ledger
     waiting = {stage: job for stage, job in jobs.items() if there[job] == "PENDING"}
     scancel(waiting.values(), "--state=PENDING")
-    for stage, job in waiting.items():
-        # Other runs of a sweep wait for it too.
-        message = f"run {run.name}, which was to compute it, was cancelled"
-        tell_sharing(run, stage, "stage_cancelled", job, message=message)
+    _tell_sharing(run, waiting)
     for folder in work_dirs_of(run):
         if held(folder / LOCK):
             (folder / STOP).touch()
     return ledger
 
 
-def cancel(run: RunDir, *, now: bool = False) -> Ledger:
-    """Stop a submitted run and wait until it has; its ledger."""
-    request(run, now=now)
-    while True:
-        ledger = settle(run, lambda: frozen_plan(run), patience=0.5)
-        if ledger.finished or not ledger.left:
-            return ledger
+def _tell_sharing(run: RunDir, jobs: Mapping[str, str]) -> None:
+    """Tell the other runs of a sweep, which wait for these jobs too, that they are cancelled."""
+    for stage, job in jobs.items():
+        message = f"run {run.name}, which was to compute it, was cancelled"
+        tell_sharing(run, stage, "stage_cancelled", job, message=message)
+
+
+def cancel(*runs: RunDir, now: bool = False) -> None:
+    """Stop submitted runs and wait until they have."""
+    request(*runs, now=now)
+    left = list(runs)
+    while left := [run for run in left if not _over(run)]:
         time.sleep(1.0)
-        press(run, now=now)
+        for run in left:
+            press(run, now=now)
+
+
+def _over(run: RunDir) -> bool:
+    ledger = settle(run, lambda: frozen_plan(run), patience=0.5)
+    return ledger.finished is not None or not ledger.left
