@@ -113,18 +113,21 @@ def test_a_refused_array_ends_the_sweep(slurm):
     assert all(plan.run_dir.events()[-1]["event"] == "run_finished" for plan in plans)
 
 
-def test_a_later_submission_leaves_the_lists_of_living_arrays_alone(slurm):
-    send(points(0.1, 0.2, 0.3))
+def test_a_later_submission_leaves_the_lists_of_living_arrays_alone(slurm, job):
+    """The same first point, fewer points: by stage and first point alone, both lists would have one name."""
+    plans = points(0.1, 0.2, 0.3)
+    send(plans)
+    assert job(plans[0], "source") == 0
     (first,) = Path("outputs/sweeps/many/slurm").glob("train-*.runs")
     before = first.read_text()
-    slurm.set("102_1", "FAILED")
-    slurm.set("102_2", "FAILED")
-    slurm.set("103_1", "CANCELLED")
-    slurm.set("103_2", "CANCELLED")
-    send(points(0.1, 0.2, 0.3))
+    for task in ("102_0", "102_1", "103_0", "103_1"):
+        slurm.set(task, "CANCELLED")
+    slurm.set("102_2", "RUNNING")
+    again = send(points(0.1, 0.2, 0.3))
+    assert [one["train"] for one in again] == ["104_0", "104_1", "102_2"]
     assert first.read_text() == before
-    lists = {path.name for path in Path("outputs/sweeps/many/slurm").glob("train-*.runs")}
-    assert first.name in lists and len(lists) == 2
+    (second,) = set(Path("outputs/sweeps/many/slurm").glob("train-*.runs")) - {first}
+    assert [Path(run).name for run in second.read_text().split()] == ["point-1", "point-2"]
 
 
 def test_points_wait_for_their_own_parents_alone(slurm):
@@ -196,9 +199,15 @@ def test_cancelling_a_sweep_stops_all_points(slurm, capsys):
 
 
 class _Presses:
-    """Stands for the keyboard: Ctrl-C has been pressed so many times when it is looked at."""
+    """Stands for the keyboard: Ctrl-C has been pressed once when it is looked at."""
 
-    count = 0
+    looks = 0
+
+    @property
+    def count(self):
+        self.looks += 1
+        assert self.looks < 40, "the follower does not come to an end"
+        return 1
 
     def __enter__(self):
         return self
@@ -208,7 +217,6 @@ class _Presses:
 
 
 def test_ctrl_c_stops_the_points_beside_the_one_that_is_followed(slurm, monkeypatch):
-    monkeypatch.setattr(_Presses, "count", 1)
     monkeypatch.setattr("posttrain.launch.slurm.follow.Interrupts", _Presses)
     plans = points(0.1, 0.2)
     send(plans)
@@ -218,7 +226,6 @@ def test_ctrl_c_stops_the_points_beside_the_one_that_is_followed(slurm, monkeypa
 
 
 def test_one_ctrl_c_leaves_a_run_that_is_stopping_already(slurm, monkeypatch):
-    monkeypatch.setattr(_Presses, "count", 1)
     monkeypatch.setattr("posttrain.launch.slurm.follow.Interrupts", _Presses)
     plans = points(0.1, 0.2)
     send(plans)
