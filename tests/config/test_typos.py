@@ -96,6 +96,8 @@ def test_a_slip_in_a_sections_key(data: st.DataObject) -> None:
     keys = list(Frame.model_fields[section].annotation.model_fields)
     key = data.draw(st.sampled_from([key for key in keys if len(key) > 3]))
     typed = data.draw(slips(key))
+    if typed in keys:
+        return
     problem = one_problem([f"{section}.{typed}=1"])
     assert problem.where == f"{section}.{typed}=1"
     assert as_near(problem.fix.removeprefix(f"write {section}.").removesuffix("=1"), key, typed)
