@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from posttrain.cli import options
+
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value …]", help="Settings, in Hydra's grammar.")
-    ] = None,
-    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="This stage and what needs it.")] = None,
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage and what it needs.")] = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage alone.")] = None,
-    force: Annotated[
-        list[str] | None, typer.Option(metavar="STAGE", help="Plan this stage although it is in the store.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
-    multirun: Annotated[
-        bool, typer.Option("-m", "--multirun", help="Sweep: overrides may list values (a,b; range(1,4); glob(*)).")
-    ] = False,
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    from_: options.From = None,
+    until: options.Until = None,
+    only: options.Only = None,
+    force: options.Force = None,
+    name: options.Name = None,
+    multirun: options.Multirun = False,
     json_: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
-    config_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
-    ] = None,
+    config_dir: options.ConfigDir = None,
 ) -> int:
     """Show the stages of a recipe: in the store or to do, why, and at what cost. Nothing is run or written."""
     from posttrain.config.recipe import load_recipe

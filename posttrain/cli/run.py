@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from posttrain.cli import options
 
 if TYPE_CHECKING:
     from posttrain.cli.live import Live
@@ -15,25 +16,17 @@ if TYPE_CHECKING:
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value …]", help="Settings, in Hydra's grammar.")
-    ] = None,
-    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="This stage and what needs it.")] = None,
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage and what it needs.")] = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage alone.")] = None,
-    force: Annotated[
-        list[str] | None, typer.Option(metavar="STAGE", help="Run this stage although it is in the store; repeatable.")
-    ] = None,
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    from_: options.From = None,
+    until: options.Until = None,
+    only: options.Only = None,
+    force: options.Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
-    multirun: Annotated[
-        bool, typer.Option("-m", "--multirun", help="Sweep: overrides may list values (a,b; range(1,4); glob(*)).")
-    ] = False,
+    name: options.Name = None,
+    multirun: options.Multirun = False,
     yes: Annotated[bool, typer.Option("--yes", help="Run although it is expensive or may not fit.")] = False,
-    config_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
-    ] = None,
+    config_dir: options.ConfigDir = None,
 ) -> int:
     """Run a recipe: what is in the store already is not done again. With launcher=slurm, stages are jobs of a cluster.
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from posttrain.cli import options
+
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value …]", help="Settings, in Hydra's grammar.")
-    ] = None,
-    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="This stage and what needs it.")] = None,
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage and what it needs.")] = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="This stage alone.")] = None,
-    force: Annotated[
-        list[str] | None, typer.Option(metavar="STAGE", help="Run this stage although it is in the store; repeatable.")
-    ] = None,
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    from_: options.From = None,
+    until: options.Until = None,
+    only: options.Only = None,
+    force: options.Force = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -26,14 +23,12 @@ def command(
             help="Print the files and commands of the submission, of a sweep (-m) its points; nothing is written.",
         ),
     ] = False,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run's folder.")] = None,
+    name: options.Name = None,
     multirun: Annotated[
         bool, typer.Option("-m", "--multirun", help="Sweep: a job array for each stage of the points.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Submit although it is expensive or may not fit.")] = False,
-    config_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Your own recipes and groups, looked at first.")
-    ] = None,
+    config_dir: options.ConfigDir = None,
 ) -> int:
     """Submit a recipe to Slurm: a job a stage, each after those it needs. The command ends when all are in the queue.
 

@@ -10,7 +10,10 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config.section import Section
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d?))?(?::(\d\d?))?")
-_OURS = re.compile(r"--(array|dependency|requeue|no-requeue|open-mode|signal|output|error|parsable|time|nodes)\b")
+_OURS = re.compile(
+    r"--(array|dependency|requeue|no-requeue|open-mode|signal|output|error|parsable|time|nodes)\b|-[adeoNt](?![a-z-])"
+)
+"""Options of sbatch that posttrain writes itself; a second one would win over it."""
 _ONE_LINE = r"^[^\n]*$"
 
 
@@ -75,10 +78,8 @@ class Resources(Section):
         for line in extra:
             if not re.fullmatch(r"-[^\n]+", line):
                 raise ValueError(f"'{line}' is no option of sbatch, which begins with a dash, e.g. --exclusive")
-            if taken := re.match(
-                r"--(array|dependency|requeue|no-requeue|open-mode|signal|output|error|parsable)\b", line
-            ):
-                raise ValueError(f"{taken[0]} is set by posttrain")
+            if taken := _OURS.match(line):
+                raise ValueError(f"{taken[0]} is set by posttrain: launcher.time, engine.nodes and its own needs")
         return extra
 
 
