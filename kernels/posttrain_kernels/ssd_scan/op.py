@@ -1,6 +1,6 @@
 """`ssd_scan` and `ssd_step`: checks and dispatch. Legend: see `reference.py`.
 
-Every device runs `torch_scan.py`. A kernel for CUDA goes beside it, and is chosen here by `use_triton`.
+Every device runs `torch_scan.py`; there is no Triton kernel yet.
 """
 
 from __future__ import annotations
