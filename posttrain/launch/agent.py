@@ -76,9 +76,14 @@ def start_ranks(job: Job, work_dir: Path, node: Node) -> str:
         how = f"was killed by signal {-code}" if code < 0 else f"exited {code}"
         where = f" on {node.name}" if node.name else ""
         ended = f"rank {rank} of {job.world_size} (process {pid}{where}) {how}"
-        write_json(work_dir / RANKS / f"node_{node.index}.json", {"ended": ended, "code": code, "time": time.time()})
+        note_end(work_dir, node, ended, code)
         return ended
     return ""
+
+
+def note_end(work_dir: Path, node: Node, ended: str, code: int) -> None:
+    """Write down how this machine's part came to an end that it should not have."""
+    write_json(work_dir / RANKS / f"node_{node.index}.json", {"ended": ended, "code": code, "time": time.time()})
 
 
 def innocence(code: int) -> int:

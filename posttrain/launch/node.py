@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED
-from posttrain.launch.agent import Node, start_ranks
+from posttrain.launch.agent import Node, note_end, start_ranks
 from posttrain.launch.job import STOP, Job
 
 
@@ -25,8 +25,10 @@ def main(work_dir: Path, endpoint: str) -> int:
     node = Node(index, endpoint, os.environ.get("SLURMD_NODENAME") or platform.node())
     try:
         return EXIT_FAILED if start_ranks(Job.read(work_dir), work_dir, node) else EXIT_DONE
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        what = f"{node.name} could not start its ranks or lost the others: {type(error).__name__}: {error}"
+        note_end(work_dir, node, what, EXIT_FAILED)
         return EXIT_FAILED
 
 

@@ -56,7 +56,9 @@ def _on_nodes(job: Job, work_dir: Path) -> str:
     failures = [read_json(file) for file in (work_dir / RANKS).glob("node_*.json")]
     if failures:
         return min(failures, key=lambda one: (innocence(one["code"]), one["time"]))["ended"]
-    return f"srun ended with code {code} and no machine said why" if code else ""
+    # What rank 0 left is from after the last thing that ranks do together; srun fails too when Slurm ends the job then.
+    complete = (work_dir / COMPUTED).exists()
+    return f"srun ended with code {code} and no machine said why" if code and not complete else ""
 
 
 def hosts_of_job(nodes: int) -> list[str]:

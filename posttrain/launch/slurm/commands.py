@@ -84,3 +84,9 @@ def scancel(jobs: Iterable[str], *options: str) -> None:
     jobs = list(jobs)
     if jobs:
         run(["scancel", "--quiet", *options, *jobs], patience=20.0)
+
+
+def steps_of(job: str) -> list[str]:
+    """Steps that a job has started with srun and that are not over, as JOB.NUMBER; not its batch script."""
+    names = run(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i"]).split()
+    return [name for name in names if name.rpartition(".")[2].isdigit()]

@@ -7,13 +7,14 @@ import platform
 import signal
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, StageError
 from posttrain.launch.job import CLAIM, OUTCOME, Job
 from posttrain.launch.signals import Interrupts
+from posttrain.launch.slurm.commands import scancel, steps_of
 from posttrain.launch.slurm.ledger import (
     await_submission,
     cancel_descendants,
@@ -30,6 +31,8 @@ from posttrain.pipeline.run_dir import RunDir
 from posttrain.pipeline.stage_runner import StageRunner
 from posttrain.pipeline.store import damage
 
+STEP_SECONDS = 30.0
+"""For the steps of a job to be gone once they are killed."""
 SIGNAL_SECONDS = 1.0
 """Slurm's SIGTERM reaches all processes of a job, one after the other: the worker may end before we have heard."""
 
@@ -128,12 +131,32 @@ class StageJob(StageRunner):
         if code not in (EXIT_DONE, EXIT_STOPPED) and not self._stop_wanted():
             time.sleep(SIGNAL_SECONDS)
         outcome = self._outcome(planned)
+        if outcome is None and job.nodes > 1:
+            # The worker was killed; its ranks on all machines must not write beside those of the next attempt.
+            end_steps(os.environ["SLURM_JOB_ID"], self.display.note)
         said = "" if outcome is None else str(outcome.get("message"))
         ended = f"signal {int(signal.SIGTERM)}" in said or f"exited {128 + signal.SIGTERM}" in said
         if self._stop_wanted() and ended:
             # Ranks that Slurm's own SIGTERM ended: a stop, though not one that could save.
             (self.plan.store.work_dir(planned.stage.type, planned.key) / OUTCOME).unlink(missing_ok=True)
         return super()._conclude(planned, job, code)
+
+
+def end_steps(job: str, say: Callable[[str], None]) -> None:
+    """Kill the steps that a job has started with srun, and wait until they are gone. The batch script goes on.
+
+    Of a job as a whole SIGKILL would be its end: steps are named one by one.
+    """
+    deadline = time.monotonic() + STEP_SECONDS
+    try:
+        while steps := steps_of(job):
+            if time.monotonic() > deadline:
+                say(f"steps {', '.join(steps)} do not end")
+                return
+            scancel(steps, "--signal=KILL")
+            time.sleep(0.5)
+    except StageError as error:
+        say(f"steps of job {job} could not be ended: {error}")
 
 
 def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = False, died: int | None = None) -> int:
@@ -153,7 +176,7 @@ def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = Fals
     entry = ledger.entries.get(stage)
     if entry is not None and entry.job == this_job() and entry.status == "done":
         # Its node failed after the stage was done and before Slurm knew: what comes after it still waits for this job.
-        settle(run, lambda: frozen_plan(run), own_job=this_job())
+        _in_spite_of_errors(settle, run, lambda: frozen_plan(run), own_job=this_job())
         return EXIT_DONE
     if entry is None or entry.job != this_job() or entry.over:
         # Such as a job that failed, whose stage was submitted anew, and that somebody has requeued.
@@ -181,11 +204,7 @@ def main(folder: Path, stage: str, interrupts: Interrupts, *, force: bool = Fals
         log.append("stage_failed", stage, message=message, job=this_job())
     if status == "failed":
         print(f"posttrain: {message}", flush=True)
-    try:
-        _see_to_others(run, stage, status)
-    except Exception:
-        # What has become of this stage stands; whoever looks at the run next sees to the rest.
-        traceback.print_exc()
+    _see_to_others(run, stage, status)
     codes = {"done": EXIT_DONE, "cached": EXIT_DONE, "cancelled": EXIT_INTERRUPTED, "stopped": EXIT_STOPPED}
     return codes.get(status, EXIT_FAILED)
 
@@ -195,14 +214,23 @@ def _see_to_others(run: RunDir, stage: str, status: str) -> None:
     if status == "stopped":
         return
     if status == "failed":
-        tell_sharing(run, stage, "stage_cancelled", this_job(), message=f"stage {stage} failed")
-        cancel_descendants(run, stage, f"stage {stage} failed")
+        why = f"stage {stage} failed"
+        _in_spite_of_errors(tell_sharing, run, stage, "stage_cancelled", this_job(), message=why)
+        _in_spite_of_errors(cancel_descendants, run, stage, why)
     elif status == "cancelled":
-        message = f"run {run.name}, which computed it, was cancelled"
-        tell_sharing(run, stage, "stage_cancelled", this_job(), message=message)
+        why = f"run {run.name}, which computed it, was cancelled"
+        _in_spite_of_errors(tell_sharing, run, stage, "stage_cancelled", this_job(), message=why)
     else:
-        tell_sharing(run, stage, "stage_cached", this_job())
-    settle(run, lambda: frozen_plan(run), own_job=this_job())
+        _in_spite_of_errors(tell_sharing, run, stage, "stage_cached", this_job())
+    _in_spite_of_errors(settle, run, lambda: frozen_plan(run), own_job=this_job())
+
+
+def _in_spite_of_errors(act: Callable[..., object], *arguments: Any, **options: Any) -> None:
+    """Do what follows a stage's end, which stands: whoever looks at the run next sees to what could not be done."""
+    try:
+        act(*arguments, **options)
+    except Exception:
+        traceback.print_exc()
 
 
 def _has_begun(run: RunDir, stage: str) -> bool:
@@ -232,8 +260,6 @@ def _plan(run: RunDir, stage: str) -> Plan:
 def _cause(code: int) -> str:
     if code == 137:
         return "killed, as the system does with processes that take too much memory (launcher.mem)"
-    if code in (126, 127):
-        return "the jobs' Python or posttrain cannot be started there (launcher.python, modules, setup)"
     return f"killed by signal {code - 128}" if code > 128 else "see the job's output"
 
 
