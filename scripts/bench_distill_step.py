@@ -35,10 +35,10 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from posttrain.methods.distillation.config import DistillConfig
-from posttrain.methods.distillation.data import OrderedBlocks, collate
 from posttrain.methods.distillation.trainer import DistillTrainer, hidden_states
 from posttrain.models.architecture import layer_parameters, normalise
 from posttrain.pipeline.context import StageContext
+from posttrain.training.blocks import OrderedBlocks, collate
 
 GIB = 2**30
 NOISE = 0.2  # of a tensor's standard deviation: far enough that rounding is small beside the divergence

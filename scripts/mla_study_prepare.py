@@ -20,10 +20,10 @@ from posttrain.data.builders.prompts import TASKS, TOPICS
 from posttrain.data.reading import encode_documents, read_card, read_rows, token_blocks
 from posttrain.generation import DecodeEngine, Sampling
 from posttrain.methods.distillation.config import DistillConfig
-from posttrain.methods.distillation.data import OrderedBlocks, collate
 from posttrain.methods.distillation.trainer import hidden_states, next_tokens
 from posttrain.models.loading import load_model, load_tokenizer, save_model
 from posttrain.pipeline.context import StageContext
+from posttrain.training.blocks import OrderedBlocks, collate
 from posttrain.training.logprob import token_logprobs
 from posttrain.training.trainer import StageTrainer
 

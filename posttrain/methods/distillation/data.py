@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from posttrain.data.reading import encode_documents, read_rows, token_blocks
 from posttrain.errors import StageError
 from posttrain.methods.distillation.loss import IGNORE
 from posttrain.methods.distillation.packing import PackedRows, pack_documents
-from posttrain.training.order import run_order
+from posttrain.training.blocks import OrderedBlocks, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,28 +22,6 @@ if TYPE_CHECKING:
     from posttrain.methods.distillation.teacher_cache import TopKCache
 
 Collate = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
-
-
-class OrderedBlocks(Dataset[dict[str, Tensor]]):
-    """`total` sequences drawn from `blocks` [N, T] in the order of `run_order`, epoch after epoch.
-
-    Item i is the i-th sequence of the whole run, so that the order is the same for any micro-batch and after a resume.
-    Tokens are held as int32, half the memory; `collate` gives the int64 that embeddings and losses want.
-    """
-
-    def __init__(self, blocks: Tensor, total: int, seed: int) -> None:
-        self.blocks = blocks.to(torch.int32)
-        self.order = run_order(len(blocks), total, seed)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks[self.place(index)]}
-
-    def place(self, index: int) -> int:
-        """Which of the blocks is the run's sequence `index`."""
-        return int(self.order[index])
 
 
 class OrderedPacks(OrderedBlocks):
@@ -130,43 +107,13 @@ def collate_packs(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch | {name: items[0][name] for name in ("step_tokens", "step_labels")}
 
 
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """`input_ids` [B, T], int64."""
-    return {"input_ids": torch.stack([item["input_ids"] for item in items]).long()}
-
-
-def read_blocks(folder: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Tensor:
-    """Token blocks [N, T] of a dataset artifact, N >= 1.
-
-    Raises:
-        StageError: the dataset does not fill one sequence, or the tokenizer has no EOS.
-    """
-    documents = _documents(folder, tokenizer)
-    blocks = token_blocks(documents, sequence_length)
-    if len(blocks) == 0:
-        tokens = sum(len(document) for document in documents)
-        raise StageError(
-            f"too little data: {len(documents)} documents give {tokens} tokens, one sequence takes {sequence_length}",
-            where=str(folder),
-            fix="give more text, or lower sequence_length",
-        )
-    return blocks
-
-
 def read_packs(folder: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> PackedRows:
     """The documents of a dataset artifact packed into rows of `sequence_length`; at least one row.
 
     Raises:
         StageError: there is no document, or the tokenizer has no EOS.
     """
-    documents = _documents(folder, tokenizer)
+    documents = read_documents(folder, tokenizer)
     if not documents:
         raise StageError("the training data has no documents", where=str(folder), fix="give more text")
     return pack_documents(documents, sequence_length, tokenizer.eos_token_id)
-
-
-def _documents(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    try:
-        return encode_documents(read_rows(folder), tokenizer)
-    except ValueError as error:
-        raise StageError(str(error), where=str(folder), fix="add an eos_token to tokenizer_config.json") from error

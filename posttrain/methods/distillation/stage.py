@@ -147,10 +147,11 @@ class Distill(Stage):
     def run(self, ctx: StageContext) -> dict[str, Path]:
         import torch
 
-        from posttrain.methods.distillation.data import read_blocks, read_packs
+        from posttrain.methods.distillation.data import read_packs
         from posttrain.methods.distillation.teacher_pass import cached_teacher
         from posttrain.methods.distillation.trainer import DistillTrainer
         from posttrain.models.loading import load_model, load_tokenizer, save_model
+        from posttrain.training.blocks import read_blocks
         from posttrain.training.rehearsal import rehearse_save
         from posttrain.training.results import disk_needed, reset_peak_memory, write_history
 

@@ -12,7 +12,6 @@ from posttrain.errors import StageError
 from posttrain.methods.distillation.config import DistillConfig
 from posttrain.methods.distillation.data import (
     WithTeacher,
-    collate,
     collate_packs,
     collate_with_teacher,
     run_sequences,
@@ -22,6 +21,7 @@ from posttrain.methods.distillation.models import add_adapters, check_heads, hid
 from posttrain.methods.distillation.packing import PackedRows
 from posttrain.methods.distillation.teacher_cache import TopKCache
 from posttrain.pipeline.context import StageContext
+from posttrain.training.blocks import collate
 from posttrain.training.selection import select_trainable
 from posttrain.training.trainer import StageTrainer
 

@@ -323,7 +323,7 @@ def test_progress_and_metrics_are_reported(context):
 
 
 def test_order_is_a_permutation_per_epoch_and_depends_on_the_seed():
-    from posttrain.methods.distillation.data import OrderedBlocks
+    from posttrain.training.blocks import OrderedBlocks
 
     blocks = torch.arange(7).unsqueeze(1)
 
@@ -343,7 +343,7 @@ def test_order_is_a_permutation_per_epoch_and_depends_on_the_seed():
 
 def test_words_fill_several_epochs(world):
     """The runs above wrap around their data: 20 sequences are used, fewer are there."""
-    from posttrain.methods.distillation.data import read_blocks
     from posttrain.models.tiny import tiny_tokenizer
+    from posttrain.training.blocks import read_blocks
 
     assert 20 > len(read_blocks(write_dataset(world / "again", words(5)), tiny_tokenizer(), 32)) > 5

@@ -15,7 +15,7 @@ __all__ = ["context", "uneven", "world"]  # fixtures
 
 def expected_kl(ctx, world, dtype):
     """Token mean of KL over the first step's rows, fp64 from hidden states of a teacher computed in `dtype`."""
-    from posttrain.methods.distillation.data import read_blocks
+    from posttrain.training.blocks import read_blocks
 
     config = ctx.config
     blocks = read_blocks(world / "data", load_tokenizer(world / "student"), config.sequence_length)

@@ -85,9 +85,10 @@ def test_each_sequence_is_read_once_and_the_teacher_not_called_again(
 
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_the_mass_kept_is_the_mean_over_trained_tokens(context, world, uneven, packing):
-    from posttrain.methods.distillation.data import read_blocks, read_packs
+    from posttrain.methods.distillation.data import read_packs
     from posttrain.methods.distillation.packing import PackedRows
     from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.training.blocks import read_blocks
 
     ctx = context(data=uneven, packing=packing, temperature=1.5, max_steps=8, **CACHED)
     mass = outcome(ctx)[2]["teacher_top_k_mass"]

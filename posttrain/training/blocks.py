@@ -1,0 +1,70 @@
+"""Blocks of tokens from a dataset artifact, in the order in which a training run uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from posttrain.data.reading import encode_documents, read_rows, token_blocks
+from posttrain.errors import StageError
+from posttrain.training.order import run_order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class OrderedBlocks(Dataset[dict[str, Tensor]]):
+    """`total` sequences drawn from `blocks` [N, T] in the order of `run_order`, epoch after epoch.
+
+    Item i is the i-th sequence of the whole run, so that the order is the same for any micro-batch and after a resume.
+    Tokens are held as int32, half the memory; `collate` gives the int64 that embeddings and losses want.
+    """
+
+    def __init__(self, blocks: Tensor, total: int, seed: int) -> None:
+        self.blocks = blocks.to(torch.int32)
+        self.order = run_order(len(blocks), total, seed)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.blocks[self.place(index)]}
+
+    def place(self, index: int) -> int:
+        """Which of the blocks is the run's sequence `index`."""
+        return int(self.order[index])
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """`input_ids` [B, T], int64."""
+    return {"input_ids": torch.stack([item["input_ids"] for item in items]).long()}
+
+
+def read_blocks(folder: Path, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Tensor:
+    """Token blocks [N, T] of a dataset artifact, N >= 1.
+
+    Raises:
+        StageError: the dataset does not fill one sequence, or the tokenizer has no EOS.
+    """
+    documents = read_documents(folder, tokenizer)
+    blocks = token_blocks(documents, sequence_length)
+    if len(blocks) == 0:
+        tokens = sum(len(document) for document in documents)
+        raise StageError(
+            f"too little data: {len(documents)} documents give {tokens} tokens, one sequence takes {sequence_length}",
+            where=str(folder),
+            fix="give more text, or lower sequence_length",
+        )
+    return blocks
+
+
+def read_documents(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of every document of a dataset artifact. Raises StageError: the tokenizer has no EOS."""
+    try:
+        return encode_documents(read_rows(folder), tokenizer)
+    except ValueError as error:
+        raise StageError(str(error), where=str(folder), fix="add an eos_token to tokenizer_config.json") from error
