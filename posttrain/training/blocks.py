@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ from posttrain.training.order import run_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SEQUENCES_PER_DOCUMENT = 4
+"""A long document gives at most this many sequences of a sample, so that more documents are seen."""
 
 
 class OrderedBlocks(Dataset[dict[str, Tensor]]):
@@ -59,6 +64,46 @@ def read_blocks(folder: Path, tokenizer: PreTrainedTokenizerBase, sequence_lengt
             where=str(folder),
             fix="give more text, or lower sequence_length",
         )
+    return blocks
+
+
+def sample_blocks(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    purpose: str,
+    where: str,
+    setting: str,
+) -> Tensor:
+    """At most `tokens` tokens of a dataset artifact as blocks [N, T], N >= 1, from documents in an order drawn by seed.
+
+    For statistics and measurements that need some text, not all of it.
+
+    Args:
+        purpose, where, setting: what the text is for, the input it comes by, and the setting of `sequence_length`, for
+            the error message.
+
+    Raises:
+        StageError: the text does not fill one block.
+    """
+    rows = read_rows(folder)
+    random.Random(seed).shuffle(rows)
+    limit = SEQUENCES_PER_DOCUMENT * sequence_length
+    documents: list[list[int]] = []
+    found = 0
+    for row in rows:
+        # 16 characters a token are more than any tokenizer needs; tokenizing whole books would take minutes.
+        documents += encode_documents([{**row, "text": row["text"][: 16 * limit]}], tokenizer, max_tokens=limit)
+        found += len(documents[-1])
+        if found >= tokens + sequence_length:
+            break
+    blocks = token_blocks(documents, sequence_length)[: max(1, tokens // sequence_length)]
+    if not len(blocks):
+        what = f"{purpose} needs at least {sequence_length} tokens, the data have {found}"
+        raise StageError(what, where=where, fix=f"give more text, or {setting}={max(2, found)}")
     return blocks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from posttrain.methods.mla_upcycling.plan import MlaPlan
 
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-SEQUENCES_PER_DOCUMENT = 4
-"""A long document gives at most this many calibration sequences, so that more documents are seen."""
 
 
 class MlaUpcycle(Stage):
@@ -229,27 +226,18 @@ def _calibration_blocks(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -
     cfg: MlaUpcycleConfig = ctx.config
     if "calibration" not in ctx.inputs or cfg.replays or cfg.objective_for(True) == "weight":
         return None
-    from posttrain.data.reading import encode_documents, read_rows, token_blocks
+    from posttrain.training.blocks import sample_blocks
 
-    rows = read_rows(ctx.inputs["calibration"].path)
-    random.Random(ctx.seed).shuffle(rows)
-    limit, wanted = SEQUENCES_PER_DOCUMENT * cfg.calibration_sequence_length, cfg.calibration_tokens
-    documents: list[list[int]] = []
-    found = 0
-    for row in rows:
-        # 16 characters a token are more than any tokenizer needs; tokenizing whole books would take minutes.
-        documents += encode_documents([{**row, "text": row["text"][: 16 * limit]}], tokenizer, max_tokens=limit)
-        found += len(documents[-1])
-        if found >= wanted + cfg.calibration_sequence_length:
-            break
-    sequences = max(1, wanted // cfg.calibration_sequence_length)
-    blocks = token_blocks(documents, cfg.calibration_sequence_length)[:sequences]
-    if not len(blocks):
-        raise StageError(
-            f"calibration needs at least {cfg.calibration_sequence_length} tokens, the data have {found}",
-            where=f"{ctx.name}.inputs.calibration ({ctx.inputs['calibration'].reference})",
-            fix=f"give more text, or stages.{ctx.name}.calibration_sequence_length={max(2, found)}",
-        )
+    blocks = sample_blocks(
+        ctx.inputs["calibration"].path,
+        tokenizer,
+        cfg.calibration_tokens,
+        cfg.calibration_sequence_length,
+        ctx.seed,
+        purpose="calibration",
+        where=f"{ctx.name}.inputs.calibration ({ctx.inputs['calibration'].reference})",
+        setting=f"stages.{ctx.name}.calibration_sequence_length",
+    )
     return list(blocks.split(SEQUENCES_PER_BATCH))
 
 
