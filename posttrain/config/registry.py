@@ -20,6 +20,7 @@ STAGES: dict[str, str] = {
     "data_source": "posttrain.data.stage:DataSource",
     "mla_upcycle": "posttrain.methods.mla_upcycling.stage:MlaUpcycle",
     "distill": "posttrain.methods.distillation.stage:Distill",
+    "ild": "posttrain.methods.layer_distillation.stage:Ild",
     "sft": "posttrain.methods.sft.stage:Sft",
     "preference": "posttrain.methods.preference.stage:Preference",
     "grpo": "posttrain.methods.grpo.stage:Grpo",

@@ -165,11 +165,16 @@ def activation_bytes_per_token(arch: Mapping[str, Any], precision: str, plan: Ac
         _layer_bytes(thin if layer < plan.recomputed_mlps else arch, layer, precision, plan.kept)
         for layer in range(arch["num_hidden_layers"])
     ]
-    widest = max(_layer_bytes(arch, layer, precision, plan.kept) for layer in range(arch["num_hidden_layers"]))
+    widest = widest_layer_bytes_per_token(arch, precision, plan.kept)
     ends = 4 * 4 * arch["hidden_size"]  # final norm, hidden states, their gradient
     held = 4 * arch["hidden_size"] * plan.recomputed + sum(layers[plan.recomputed :])
     # While a layer is recomputed, the kept layers behind it are free already.
     return ends + max(held, 4 * arch["hidden_size"] * plan.recomputed + widest)
+
+
+def widest_layer_bytes_per_token(arch: Mapping[str, Any], precision: str, kept: Kept = "eager") -> int:
+    """Bytes a token leaves for the backward pass in the layer that keeps most."""
+    return max(_layer_bytes(arch, layer, precision, kept) for layer in range(arch["num_hidden_layers"]))
 
 
 def _layer_bytes(arch: Mapping[str, Any], layer: int, precision: str, kept: Kept) -> int:

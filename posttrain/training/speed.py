@@ -70,7 +70,7 @@ def fast_layers(
     for mlp in mlps:
         mlp.forward = functools.partial(_recompute_mlp, mlp)
     try:
-        with _compiler_settings(lean) if compiled else contextlib.nullcontext():
+        with compiler_settings(lean) if compiled else contextlib.nullcontext():
             yield
     finally:
         for module in (*layers, *mlps):
@@ -139,7 +139,8 @@ def reads_device(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
-def _compiler_settings(lean: bool) -> Iterator[None]:
+def compiler_settings(lean: bool = False) -> Iterator[None]:
+    """Inside, a process may hold many compiled layers; with `lean` they keep less for the backward pass."""
     import torch._dynamo
     import torch._functorch.config
 

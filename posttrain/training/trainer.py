@@ -53,6 +53,7 @@ class StageTrainer(ShardedTrainer):
         tokens_per_step: tokens of one optimiser step, for rates and the size of a micro-batch.
         frozen: further models that `compute_loss` calls; they are made fast as well.
         whole_rows: no row is padded and attention may cross documents, so that no attention mask is needed.
+        whole_steps: `training_step` gets all sequences of an optimiser step at once, the same ones on every rank.
         workers: processes that make batches, see `training_arguments`.
         arguments_class, arguments: the class of the trainer's arguments and further fields of it.
         trainer_kwargs: for the next trainer in the method resolution order, see `TrlStageTrainer`.
@@ -69,6 +70,7 @@ class StageTrainer(ShardedTrainer):
         tokens_per_step: int,
         frozen: Sequence[PreTrainedModel] = (),
         whole_rows: bool = False,
+        whole_steps: bool = False,
         workers: int = 0,
         arguments_class: type[TrainingArguments] = TrainingArguments,
         arguments: Mapping[str, Any] | None = None,
@@ -83,9 +85,10 @@ class StageTrainer(ShardedTrainer):
         self._step_loss: Tensor | float = 0.0
         self._skip: Tensor | None = None
         self._graphed: GraphedMicroStep | None = None
-        micro_batch = config.micro_batch(ctx.world_size)
-        accumulation = config.sequences_per_step // (micro_batch * ctx.world_size)
-        self.micro_batch_tokens = tokens_per_step // (accumulation * ctx.world_size)
+        ranks = 1 if whole_steps else ctx.world_size
+        micro_batch = config.sequences_per_step if whole_steps else config.micro_batch(ranks)
+        accumulation = config.sequences_per_step // (micro_batch * ranks)
+        self.micro_batch_tokens = tokens_per_step // (accumulation * ranks)
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,

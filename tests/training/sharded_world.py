@@ -21,10 +21,10 @@ METHODS = ("rows", "distill", "sft", "preference", "grpo")
 
 def make_worlds(root: Path) -> None:
     """Models and data of all methods."""
-    from distillation_world import words, write_dataset
     from preference_world import pair
     from sft_world import sums, write_rows
     from source_models import make_source
+    from text_data import words, write_dataset
 
     from posttrain.models.loading import save_model
     from posttrain.models.tiny import tiny_tokenizer

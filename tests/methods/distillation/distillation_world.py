@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from source_models import make_source
+from text_data import words, write_dataset
 
 from posttrain.methods.distillation import Distill, DistillConfig
 from posttrain.pipeline.context import InputArtifact, StageContext
@@ -27,22 +25,6 @@ SMALL = {
     "warmup_ratio": 0.2,
     "save_seconds": 0,
 }
-
-
-def write_dataset(folder: Path, texts: list[str]) -> Path:
-    folder.mkdir(parents=True)
-    rows = "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
-    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-    digest = hashlib.sha256(rows.encode()).hexdigest()
-    card = {"name": "words", "split": "train", "rows": len(texts), "bytes": len(rows.encode()), "sha256": digest}
-    (folder / "dataset.json").write_text(json.dumps(card), encoding="utf-8")
-    return folder
-
-
-def words(documents: int, length: int = 12, seed: int = 0) -> list[str]:
-    pick = random.Random(seed)
-    names = ["alpha", "beta", "gamma", "delta", "omega"]
-    return [" ".join(pick.choice(names) for _ in range(length)) for _ in range(documents)]
 
 
 def outcome(ctx: StageContext):

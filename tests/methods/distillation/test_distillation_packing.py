@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distillation_world import STAGE, context, outcome, uneven, world, write_dataset
+from distillation_world import STAGE, context, outcome, uneven, world
 from source_models import make_source
+from text_data import write_dataset
 
 from posttrain.errors import RecipeError, StageError
 from posttrain.methods.distillation import DistillConfig, distillation_loss

@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from distillation_world import SMALL, STAGE, assert_same, context, outcome, words, world, write_dataset
+from distillation_world import SMALL, STAGE, assert_same, context, outcome, world
 from safetensors.torch import load_file
+from text_data import words, write_dataset
 
 from posttrain.errors import StageError, StopRequested
 from posttrain.methods.distillation import DistillConfig

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from distillation_world import SMALL, STAGE, assert_same, context, outcome, uneven, words, world, write_dataset
+from distillation_world import SMALL, STAGE, assert_same, context, outcome, uneven, world
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from source_models import make_source
+from text_data import words, write_dataset
 
 from posttrain.errors import RecipeError, StageError, StopRequested
 from posttrain.methods.distillation import DistillConfig, teacher_cache, teacher_pass
