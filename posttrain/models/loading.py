@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from posttrain.errors import StageError
 from posttrain.models.foreign import register_all, register_for
-from posttrain.models.inspect import TOKENIZER, check_model_folder
+from posttrain.models.inspect import TOKENIZER, check_model_folder, model_meta
 from posttrain.pipeline.files import sync_file, sync_folder
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -71,6 +71,12 @@ def load_model(
             fix="save the model again with its own config.json",
         )
     return model.to(device).eval()
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """The type a folder's weights are stored in, which a conversion does not change; None: it does not say."""
+    name = model_meta(Path(folder)).extra.get("dtype")
+    return getattr(torch, str(name).removeprefix("torch.")) if name else None
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

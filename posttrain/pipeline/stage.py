@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from posttrain.pipeline.context import StageContext
 
-ARTIFACT_TYPES = ("model", "dataset", "evaluation", "history", "conversion", "certificate")
+ARTIFACT_TYPES = ("model", "dataset", "evaluation", "history", "conversion", "selection", "certificate")
 
 NOT_IN_KEY = {"key": False}
 """`Field(json_schema_extra=NOT_IN_KEY)` marks a setting that says how the work is done, not what is computed."""

@@ -30,6 +30,7 @@ REQUIRED_FILES = {
     "dataset": ("rows.jsonl", "dataset.json"),
     "history": ("history.jsonl",),
     "conversion": ("conversion.json",),
+    "selection": ("selection.json",),
     "evaluation": ("metrics.json",),
 }
 

@@ -11,25 +11,12 @@ from torch import Tensor, nn
 from posttrain.errors import RecipeError
 from posttrain.methods.hybrid_ssm.config import HybridConfig
 from posttrain.methods.hybrid_ssm.init import AttentionStats, MambaForm, init_from_attention
+from posttrain.methods.hybrid_ssm.shape import LATENT_FIELDS, check_layers
 from posttrain.methods.hybrid_ssm.statistics import HeadStatistics, collect_head_statistics
-from posttrain.models.architecture import MIXERS, mixers, normalise
+from posttrain.models.architecture import mixers, normalise
 
 if TYPE_CHECKING:
     from posttrain.models.upcycled import UpcycledConfig, UpcycledForCausalLM
-
-LATENT_FIELDS = (
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "rope_frequency_indices",
-    "latent_rope_parameters",
-    "query_pre_attn_scalar",
-    "latent_bias",
-    "latent_out_bias",
-    "qk_latent_layernorm",
-)
 
 
 def hybridize(
@@ -59,7 +46,8 @@ def hybridize(
 
     config = config if isinstance(config, HybridConfig) else HybridConfig(**(config or {}))
     source = normalise(model.config.to_dict())
-    _check_layers(source, list(layer_types), latent_from)
+    donated = None if latent_from is None else mixers(normalise(latent_from.config.to_dict()))
+    check_layers(source, list(layer_types), donated)
     new_layers = [i for i, (old, new) in enumerate(zip(mixers(source), layer_types, strict=True)) if old != new]
     made = [index for index in new_layers if layer_types[index] == "mamba2"]
     if config.init == "aligned" and made:
@@ -119,14 +107,7 @@ def _config(
 ) -> UpcycledConfig:
     from posttrain.models.upcycled import UpcycledConfig
 
-    aligned = config.init == "aligned"
-    form = {
-        "mamba_conv_kernel": config.conv_kernel,
-        "mamba_repeat_before_conv": config.repeat_before_conv,
-        "mamba_conv_activation": not aligned,
-        "mamba_norm": not aligned,
-        **({"mamba_bias": True} if aligned else {}),
-    }
+    form = config.config_fields()
     if "mamba2" in (kept := getattr(model.config, "mixers", None) or []):
         theirs = {name: getattr(model.config, name) for name in form}
         if theirs != form and any(new == old == "mamba2" for new, old in zip(layer_types, kept, strict=True)):
@@ -137,29 +118,6 @@ def _config(
             )
     latent = {name: getattr(latent_from.config, name) for name in LATENT_FIELDS} if latent_from is not None else {}
     return UpcycledConfig.from_source(model.config, mixers=layer_types, **form, **latent)
-
-
-def _check_layers(source: Mapping[str, Any], layer_types: list[str], latent_from: nn.Module | None) -> None:
-    layers, kinds = source["num_hidden_layers"], mixers(source)
-    if len(layer_types) != layers or (unknown := sorted(set(layer_types) - set(MIXERS))):
-        wrong = f"{len(layer_types)} layer types for {layers} layers" if len(layer_types) != layers else str(unknown)
-        raise RecipeError(
-            f"layer_types do not fit the model: {wrong}",
-            where="layer_types",
-            fix=f"name one of {', '.join(MIXERS)} for each of {layers} layers",
-        )
-    donated = mixers(normalise(latent_from.config.to_dict())) if latent_from is not None else [""] * layers
-    for index, (old, new) in enumerate(zip(kinds, layer_types, strict=True)):
-        if new == old or (new == "mamba2" and old == "full_attention"):
-            continue
-        if new == "latent_attention" and donated[index] == "latent_attention":
-            continue
-        fix = {
-            "mamba2": "start from the model before its conversion: queries, keys and values are needed",
-            "latent_attention": "give `latent_from`, the same model converted by mla_upcycling.upcycle",
-            "full_attention": "start from the model before its conversion",
-        }[new]
-        raise RecipeError(f"layer {index} is {old}: it cannot become {new}", where=f"layer_types[{index}]", fix=fix)
 
 
 def _write(target: nn.Module, tensors: Mapping[str, Tensor], index: int) -> None:

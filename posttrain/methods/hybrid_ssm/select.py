@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from posttrain.errors import RecipeError
+from posttrain.methods.hybrid_ssm.config import Method
 from posttrain.models.architecture import STATE_SIZE, cache_elements_per_token, normalise, state_elements
 
-Method = Literal["smart", "uniform", "greedy_kl", "budget"]
 Scores = Sequence[float]
 Costs = Sequence[tuple[float, float]]
 

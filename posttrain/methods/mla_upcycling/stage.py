@@ -130,7 +130,7 @@ def _in_memory(ctx: StageContext, tokenizer: Any, blocks: list[torch.Tensor] | N
     from posttrain.methods.mla_upcycling.calibration import collect_statistics
     from posttrain.methods.mla_upcycling.convert import apply_plan
     from posttrain.methods.mla_upcycling.replay import replayed_plan
-    from posttrain.models.loading import load_model, save_model
+    from posttrain.models.loading import load_model, save_model, stored_dtype
 
     source = ctx.inputs["model"].path
     model = load_model(source, device=ctx.device, dtype=torch.float32)
@@ -142,14 +142,14 @@ def _in_memory(ctx: StageContext, tokenizer: Any, blocks: list[torch.Tensor] | N
     plan = replayed_plan(ctx) or build_plan(model, ctx.config, statistics, units.since(batches))
     converted = apply_plan(model, plan, units.since(planned))
     del model, statistics
-    save_model(converted, tokenizer, target, dtype=_stored_dtype(ctx), tokenizer_from=source)
+    save_model(converted, tokenizer, target, dtype=stored_dtype(source), tokenizer_from=source)
     return plan
 
 
 def _by_layer(ctx: StageContext, tokenizer: Any, blocks: list[torch.Tensor] | None, target: Path) -> MlaPlan:
     from posttrain.methods.mla_upcycling import offload
     from posttrain.methods.mla_upcycling.replay import replayed_plan
-    from posttrain.models.loading import save_by_shards
+    from posttrain.models.loading import save_by_shards, stored_dtype
     from posttrain.models.offloaded import OffloadedModel
 
     source = OffloadedModel(ctx.inputs["model"].path, ctx.device)
@@ -162,7 +162,7 @@ def _by_layer(ctx: StageContext, tokenizer: Any, blocks: list[torch.Tensor] | No
         statistics = None if blocks is None else offload.collect_by_layer(source, blocks, scratch, units.since(0))
     plan = replayed_plan(ctx) or offload.plan_by_layer(source, ctx.config, statistics, units.since(start))
     shards = offload.shards_by_layer(source, plan, units.since(planned))
-    skeleton, dtype = offload.skeleton(source, plan), _stored_dtype(ctx)
+    skeleton, dtype = offload.skeleton(source, plan), stored_dtype(source.folder)
     save_by_shards(skeleton, shards, tokenizer, target, dtype=dtype, tokenizer_from=source.folder)
     shutil.rmtree(scratch, ignore_errors=True)
     return plan
@@ -248,16 +248,6 @@ def _finite_activations() -> Iterator[None]:
     except ValueError as error:
         fix = "evaluate the source model first: its activations must be finite"
         raise StageError(str(error), where="mla_upcycle calibration", fix=fix) from error
-
-
-def _stored_dtype(ctx: StageContext) -> torch.dtype | None:
-    """The dtype the source's weights are stored in: a conversion does not change it."""
-    import torch
-
-    from posttrain.models.inspect import model_meta
-
-    name = model_meta(ctx.inputs["model"].path).extra.get("dtype")
-    return getattr(torch, str(name).removeprefix("torch.")) if name else None
 
 
 def _record(ctx: StageContext, report: Mapping[str, Any]) -> None:
