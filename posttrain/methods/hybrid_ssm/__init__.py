@@ -11,7 +11,7 @@ _EXPORTS = {
     "collect_head_statistics": "statistics",
     "init_from_attention": "init",
     "hybridize": "convert",
-    "assemble": "assemble",
+    "assemble": "assembly",
     "SwapScorer": "scoring",
     "HybridInit": "init_stage",
     "HybridInitConfig": "config",

@@ -72,7 +72,7 @@ class Assemble(Stage):
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
-        from posttrain.methods.hybrid_ssm.assemble import assemble
+        from posttrain.methods.hybrid_ssm.assembly import assemble
         from posttrain.methods.hybrid_ssm.selection import read_selection
         from posttrain.models.loading import load_model, load_tokenizer, save_model
 
