@@ -38,7 +38,7 @@ class Assemble(Stage):
         state, attention = (inputs[name] for name in DONORS)
         extra = {name: value for name, value in state.extra.items() if name != "open"}
         left = {*attention.extra.get("open", ())}
-        if cfg.keep is None and inputs["selection"].extra.get("open"):
+        if cfg.keep is None and "selection" in inputs and inputs["selection"].extra.get("open"):
             left.add("mixers")
         if left:
             extra["open"] = sorted(left)

@@ -105,6 +105,13 @@ def check_kept(kept: Sequence[int], layers: int, where: str) -> None:
 
 def check_donors(state: Architecture, attention: Architecture, where: str) -> None:
     """Raises RecipeError unless the two are all-state and all-attention conversions of one source."""
+    if set(mixers(state)) != {"mamba2"}:
+        found = sorted(set(mixers(state)) - {"mamba2"})
+        what = f"`state` must have state-space layers everywhere, and has {', '.join(found)}"
+        raise RecipeError(what, where=where, fix="give the model of a hybrid_init stage that keeps no layer")
+    if "mamba2" in mixers(attention):
+        what = "`attention` must have attention everywhere, and has mamba2 layers"
+        raise RecipeError(what, where=where, fix="give the source, or its conversion by mla_upcycle")
     family = {**attention, "source_model_type": attention.get("source_model_type") or attention["model_type"]}
     unlike = [
         f"{name} {state.get(name)} and {family.get(name)}"
@@ -114,10 +121,3 @@ def check_donors(state: Architecture, attention: Architecture, where: str) -> No
     if unlike:
         fix = "convert both from the same model"
         raise RecipeError(f"the two models are not of one source: {'; '.join(unlike)}", where=where, fix=fix)
-    if set(mixers(state)) != {"mamba2"}:
-        found = sorted(set(mixers(state)) - {"mamba2"})
-        what = f"`state` must have state-space layers everywhere, and has {', '.join(found)}"
-        raise RecipeError(what, where=where, fix="give the model of a hybrid_init stage that keeps no layer")
-    if "mamba2" in mixers(attention):
-        what = "`attention` must have attention everywhere, and has mamba2 layers"
-        raise RecipeError(what, where=where, fix="give the source, or its conversion by mla_upcycle")
