@@ -11,6 +11,7 @@ from posttrain.report import card, card_text, cards, facts, plots
 from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Node, Notice, Sample, Table, Text
 from posttrain.report.facts import Row
 from posttrain.report.gates import gates
+from posttrain.report.layers import by_layer
 from posttrain.report.limits import limits
 from posttrain.report.numbers import NONE, byte_size, duration, percent, significant, whole, with_interval
 from posttrain.report.problems import problems
@@ -28,6 +29,7 @@ def content(run: RunRecord) -> list[Block]:
         _figures,
         _results,
         problems,
+        by_layer,
         gates,
         _samples,
         _graph,

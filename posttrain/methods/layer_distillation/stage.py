@@ -186,6 +186,7 @@ def _record(
         seconds=seconds,
         tokens_per_second=trainer.watch.tokens_per_second,
         peak_memory_bytes=peak_memory(ctx.device),
+        gradient_bytes=trainer.gradient_bytes,
         micro_batch=cfg.micro_batch(1),
         compiled=trainer.compiles,
     )

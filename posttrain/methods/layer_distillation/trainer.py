@@ -46,6 +46,8 @@ class LayerTrainer(StageTrainer):
         self.trained_of = select_by_layer(student, config.trainable)
         self.outputs = block_outputs
         self.norm = torch.zeros(())
+        self.gradient_bytes = 0
+        """Most bytes of gradients that existed at a time, on this rank."""
         sequences = OrderedBlocks(blocks, config.max_steps * config.sequences_per_step, ctx.seed)
         super().__init__(
             # Layers are shared out here, so that no other strategy has anything to share.
@@ -143,6 +145,10 @@ class LayerTrainer(StageTrainer):
     def _update(self, layer: int, loss: Tensor) -> Tensor:
         """Clip this layer's gradients, step, free them; the norm. Nothing is changed where a number is not finite."""
         parameters = self.trained_of[layer]
+        if self.watch.steps == 0:
+            gradients = (parameter.grad for parameter in self.model.parameters())
+            held = sum(gradient.nbytes for gradient in gradients if gradient is not None)
+            self.gradient_bytes = max(self.gradient_bytes, held)
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or float("inf"))
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         torch.maximum(self._skip, bad.to(self._skip), out=self._skip)

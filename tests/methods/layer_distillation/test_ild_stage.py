@@ -88,7 +88,7 @@ def test_gradients_of_one_layer_exist_at_a_time(tmp_path, monkeypatch: pytest.Mo
     monkeypatch.setattr(LayerTrainer, "_update", looking)
     one_step(trainer)
     by_layer = trained_parameters(normalise(trainer.model.config.to_dict()), "block")
-    assert sizes == [4 * count for count in by_layer]
+    assert sizes == [4 * count for count in by_layer] and trainer.gradient_bytes == max(sizes)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
