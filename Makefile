@@ -33,7 +33,7 @@ setup: $(STAMP) ## Make .venv with everything in it (versions of constraints.txt
 demo: $(STAMP) ## Upcycle SmolLM2-135M to MLA, distil it and write the report (about 10 minutes on two cores)
 	$(BIN)/posttrain run x_ecomla scale=demo
 
-test: $(STAMP) ## Run the tests (about twenty minutes on two cores)
+test: $(STAMP) ## Run the tests (about half an hour on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Without conftest.py, whose fixtures are for tests that have torch.
@@ -52,7 +52,7 @@ $(NEXT_STAMP): constraints-hydra-next.txt
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device (without one they are skipped)
 	$(BIN)/python -m pytest -m gpu
 
-test-slurm: $(STAMP) ## Run the tests on a small real Slurm, which is installed and started (needs root and apt-get; ten minutes)
+test-slurm: $(STAMP) ## Run the tests on a small real Slurm, which is installed and started (needs root and apt-get; a quarter of an hour)
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 bench: $(STAMP) ## Check and time the operators beside their peers; MODEL=FOLDER: training step and roll-outs too
