@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -10,10 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config.section import Section
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d?))?(?::(\d\d?))?")
-_OURS = re.compile(
-    r"--(array|dependency|requeue|no-requeue|open-mode|signal|output|error|parsable|time|nodes)\b|-[adeoNt](?![a-z-])"
-)
-"""Options of sbatch that posttrain writes itself; a second one would win over it."""
+_OURS = {"array", "dependency", "error", "export", "kill-on-invalid-dep", "nodes", "no-requeue", "ntasks"}
+_OURS |= {"ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "time"}
+"""Options of sbatch that posttrain writes itself; a second one would win over it, or change nothing."""
+_OURS_SHORT = re.compile(r"-[HOQsvW]*[adeoNnt]")
+"""The same in one letter: its value may follow without a space, and options without a value may come before."""
 _ONE_LINE = r"^[^\n]*$"
 
 
@@ -36,6 +38,15 @@ def minutes(time: str) -> float:
     if total <= 0:
         raise ValueError(f"'{time}' leaves no time at all")
     return total
+
+
+def is_ours(word: str) -> bool:
+    """Whether a word of an sbatch line is an option that posttrain sets itself, in any spelling that sbatch takes."""
+    if word.startswith("--"):
+        # An option may be shortened as long as it can be told from others.
+        name = word[2:].partition("=")[0]
+        return any(option.startswith(name) for option in _OURS)
+    return _OURS_SHORT.match(word) is not None
 
 
 class Resources(Section):
@@ -78,8 +89,13 @@ class Resources(Section):
         for line in extra:
             if not re.fullmatch(r"-[^\n]+", line):
                 raise ValueError(f"'{line}' is no option of sbatch, which begins with a dash, e.g. --exclusive")
-            if taken := _OURS.match(line):
-                raise ValueError(f"{taken[0]} is set by posttrain: launcher.time, engine.nodes and its own needs")
+            try:
+                words = shlex.split(line)
+            except ValueError as error:
+                raise ValueError(f"'{line}' cannot be read as options of sbatch: {error}") from error
+            for word in words:
+                if is_ours(word):
+                    raise ValueError(f"{word} is set by posttrain: launcher.time, engine.nodes and its own needs")
         return extra
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain.cli.submit import command
 from posttrain.config import load_recipe
-from posttrain.config.launcher import minutes
+from posttrain.config.launcher import Launcher, minutes
 from posttrain.config.recipe import load_resolved
 from posttrain.errors import RecipeError
 
@@ -73,6 +73,35 @@ def test_a_stages_own_resources_replace_the_launchers(tmp_path: Path) -> None:
 )
 def test_times_are_read_as_slurm_reads_them(time: str, expected: float) -> None:
     assert minutes(time) == expected
+
+
+OURS = ["--time=1:00:00", "--time 60", "-t 5", "-t5", "--nodes=2", "-N2", "-N 2-4", "--array=1-3", "-a 1-3", "-a1-3"]
+OURS += ["--dependency=afterok:7", "-d singleton", "--error=x", "-e x", "-ex", "--output=x", "-o x", "-ofile"]
+OURS += ["--ntasks=8", "-n 8", "-n8", "--ntasks-per-node=8", "--export=NONE", "--kill-on-invalid-dep=no"]
+OURS += ["--requeue", "--no-requeue", "--signal=USR1@60", "--open-mode=truncate", "--parsable"]
+SHORTENED = ["--outp=x", "--arr=1-3", "--depend=afterok:7", "--no-req"]
+HIDDEN = ["--account=x --time=5", "-A x -t 5", "-HN2", "--exclusive '-ofile'"]
+
+
+@pytest.mark.parametrize("line", [*OURS, *SHORTENED, *HIDDEN])
+def test_options_that_posttrain_sets_are_refused_in_every_spelling(line: str) -> None:
+    with pytest.raises(ValueError, match="is set by posttrain"):
+        Launcher(type="slurm", extra=[line])
+
+
+SITES_OWN = ["--exclusive", "--account=x", "-A x", "-Anode", "-p gpu", "-pgpu", "--nice=5", "--time-min=30", "-H"]
+SITES_OWN += ["--nodelist=n1", "-w n1", "--exclude=n2", "-x n2", "--mail-type=END", "--comment='a, -t'", "-C a100"]
+SITES_OWN += ["--ntasks-per-socket=1", "--export-file=x", "-s", "-L matlab@server", "--reservation=today"]
+
+
+@pytest.mark.parametrize("line", SITES_OWN)
+def test_other_options_of_sbatch_pass(line: str) -> None:
+    assert Launcher(type="slurm", extra=[line]).extra == [line]
+
+
+def test_a_line_whose_quotes_do_not_end_is_told() -> None:
+    with pytest.raises(ValueError, match="cannot be read as options of sbatch: No closing quotation"):
+        Launcher(type="slurm", extra=["--comment='mine"])
 
 
 def test_submit_with_a_launcher_that_starts_no_jobs() -> None:
