@@ -59,7 +59,8 @@ def job(slurm, monkeypatch):
         own = dict(zip(names, number, strict=True))[stage]
         if "_" not in own:
             monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
-        monkeypatch.setenv("SLURM_JOB_ID", own)
+        # That of an array's last task is the number of the array.
+        monkeypatch.setenv("SLURM_JOB_ID", own.partition("_")[0])
         monkeypatch.setenv("SLURMD_NODENAME", "n7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
         slurm.set(own, "RUNNING")

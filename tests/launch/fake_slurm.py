@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-COMMANDS = ("sbatch", "squeue", "scancel", "scontrol")
+COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
 
 
 class FakeSlurm:
@@ -42,6 +44,20 @@ class FakeSlurm:
         """Have a command fail from its call number `after` (from 0) on."""
         (self.folder / f"refuse-{command}").write_text(str(after))
 
+    def start_steps(self, *names: str, endless: bool = False) -> None:
+        """Have steps run, named JOB.STEP as squeue does; those that are endless survive SIGKILL."""
+        for name in names:
+            (self.folder / f"step-{name}").write_text("endless" if endless else "")
+
+    @property
+    def steps(self) -> list[str]:
+        """Names of the steps that run."""
+        return sorted(path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+
+    def answer_srun(self, code: int, files: dict[str, Any]) -> None:
+        """Have srun leave JSON files in the work folder that its command names, and end with a code."""
+        (self.folder / "srun").write_text(json.dumps([code, files]))
+
     @property
     def environment(self) -> dict[str, str]:
         """The environment of the last sbatch."""
@@ -66,6 +82,11 @@ def _main(folder: Path, command: str, arguments: list[str]) -> int:
             (folder / f"job-{job}{task}").write_text("PENDING")
         (folder / "environment").write_text(json.dumps(dict(os.environ)))
         print(job)
+    elif command == "squeue" and "--steps" in arguments:
+        # An array's own number, which one of its tasks has too, stands for all tasks.
+        asked = [word.partition("=")[2] for word in arguments if word.startswith("--jobs=")]
+        names = [path.name.removeprefix("step-") for path in sorted(folder.glob("step-*"))]
+        print(*(name for name in names if name.startswith((f"{asked[0]}.", f"{asked[0]}_"))), sep="\n")
     elif command == "squeue":
         asked = [word.partition("=")[2] for word in arguments if word.startswith("--jobs=")]
         for path in sorted(folder.glob("job-*")):
@@ -74,13 +95,34 @@ def _main(folder: Path, command: str, arguments: list[str]) -> int:
                 print(state)
             elif not asked and state in ("PENDING", "RUNNING", "COMPLETING"):
                 print(job, state)
+    elif command == "scancel" and any("." in name for name in named):
+        for path in [folder / f"step-{name}" for name in named]:
+            if path.read_text() != "endless":
+                path.unlink()
     elif command == "scancel":
         for job in [one for name in named for one in _with_tasks(folder, name)]:
             if "--state=PENDING" not in arguments or (folder / f"job-{job}").read_text() == "PENDING":
                 (folder / f"job-{job}").write_text("CANCELLED")
     elif command == "scontrol" and named[0] == "requeue":
         (folder / f"job-{named[1]}").write_text("PENDING")
+    elif command == "scontrol" and named[:2] == ["show", "hostnames"]:
+        print(*named[2].split(","), sep="\n")
+    elif command == "srun":
+        return _srun(folder, arguments, named)
     return 0
+
+
+def _srun(folder: Path, arguments: list[str], named: list[str]) -> int:
+    """As `FakeSlurm.answer_srun` wants it; else the command itself, for one machine after the other."""
+    if (folder / "srun").exists():
+        code, files = json.loads((folder / "srun").read_text())
+        for name, data in files.items():
+            (Path(named[-2]) / name).write_text(json.dumps(data))
+        return code
+    command = arguments[arguments.index(named[0]) :]
+    hosts = os.environ["SLURM_JOB_NODELIST"].split(",")
+    places = [{"SLURM_PROCID": str(index), "SLURMD_NODENAME": host} for index, host in enumerate(hosts)]
+    return max(subprocess.run(command, env={**os.environ, **place}).returncode for place in places)
 
 
 def _with_tasks(folder: Path, job: str) -> list[str]:

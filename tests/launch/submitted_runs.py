@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from toy_stages import ToyEvaluateConfig, toy_recipe
@@ -34,3 +35,14 @@ def submitted(**settings):
 
 def kinds(run):
     return [(event["event"], event["stage"]) for event in run.events()]
+
+
+def when(made, event, act):
+    """Do something as soon as an event has come."""
+
+    def wait():
+        while not any(one["event"] == event and one["stage"] == "train" for one in made.run_dir.events()):
+            time.sleep(0.02)
+        act()
+
+    return wait

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_slurm import FakeSlurm
-from submitted_runs import SLURM, kinds, plan, recipe, submitted
+from submitted_runs import SLURM, kinds, plan, recipe, submitted, when
 from toy_stages import ToyTrainConfig
 
 from posttrain.launch.signals import Interrupts
@@ -23,17 +23,6 @@ from posttrain.launch.slurm.submit import submit
 from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.stage_runner import Quiet
-
-
-def when(made, event, act):
-    """Do something as soon as an event has come."""
-
-    def wait():
-        while not any(one["event"] == event and one["stage"] == "train" for one in made.run_dir.events()):
-            time.sleep(0.02)
-        act()
-
-    return wait
 
 
 def test_jobs_of_a_run_end_it_together_and_once(job, slurm, reports):
@@ -322,6 +311,13 @@ def test_a_signal_before_anybody_listens_is_not_lost(slurm, tmp_path):
 def test_a_program_that_dies_is_told_of(slurm, tmp_path):
     code, log, requeued = run_script(slurm, tmp_path, 9)
     assert code == 9 and log[1].endswith("train --died 9") and requeued == []
+
+
+@pytest.mark.parametrize("code", [126, 127])
+def test_a_program_that_cannot_be_started_is_not_started_again(slurm, tmp_path, capfd, code):
+    ended, log, requeued = run_script(slurm, tmp_path, code)
+    assert ended == code and len(log) == 1 and requeued == []
+    assert "train cannot be started here: look at launcher.python" in capfd.readouterr().out
 
 
 def test_a_signal_while_the_job_is_set_up_requeues_it(slurm, tmp_path):

@@ -133,7 +133,7 @@ class StageJob(StageRunner):
         outcome = self._outcome(planned)
         if outcome is None and job.nodes > 1:
             # The worker was killed; its ranks on all machines must not write beside those of the next attempt.
-            end_steps(os.environ["SLURM_JOB_ID"], self.display.note)
+            end_steps(this_job(), self.display.note)
         said = "" if outcome is None else str(outcome.get("message"))
         ended = f"signal {int(signal.SIGTERM)}" in said or f"exited {128 + signal.SIGTERM}" in said
         if self._stop_wanted() and ended:
@@ -146,6 +146,10 @@ def end_steps(job: str, say: Callable[[str], None]) -> None:
     """Kill the steps that a job has started with srun, and wait until they are gone. The batch script goes on.
 
     Of a job as a whole SIGKILL would be its end: steps are named one by one.
+
+    Args:
+        job: as `this_job` has it. By the mere number of an array, which is also that of its last task, Slurm would list
+            the steps of all its tasks.
     """
     deadline = time.monotonic() + STEP_SECONDS
     try:
