@@ -13,6 +13,7 @@ from posttrain.methods.hybrid_ssm.selection import read_selection, selection_met
 from posttrain.methods.hybrid_ssm.shape import assembled_architecture, check_donors
 from posttrain.models.architecture import cache_bytes, cache_ratios, parameter_count
 from posttrain.pipeline.context import StageContext
+from posttrain.pipeline.device import plans_for_gpu
 from posttrain.pipeline.files import clear, read_json, write_json
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 
@@ -67,13 +68,17 @@ class LayerSelect(Stage):
         passing = cfg.micro_batch_size * cfg.sequence_length
         memory = {
             "weights": 4 * sum(parameter_count(shape) for shape in shapes.values()),
-            "teacher's outputs (host)": 4 * cfg.tokens * teacher["hidden_size"],
             "activations": 4 * passing * (6 * teacher["hidden_size"] + 3 * teacher["intermediate_size"]),
         }
+        kept_of_teacher = 4 * cfg.tokens * teacher["hidden_size"]
+        if not plans_for_gpu():  # else it lies in the host's memory
+            memory["teacher's outputs"] = kept_of_teacher
         layers, swaps = teacher["num_hidden_layers"], rounds * teacher["num_hidden_layers"]
-        notes = (f"{swaps} hybrids are measured on {cfg.tokens:,} tokens each",) if rounds else ()
+        notes = [f"{swaps} hybrids are measured on {cfg.tokens:,} tokens each"] if rounds else []
+        if plans_for_gpu():
+            notes.append(f"the teacher's outputs are kept in the host's memory: {kept_of_teacher / 1e9:.1f} GB")
         # The layers before a swap are computed once: half a model for each.
-        return Estimate(tokens=cfg.tokens * max(1, rounds * layers // 2), memory=memory, notes=notes)
+        return Estimate(tokens=cfg.tokens * max(1, rounds * layers // 2), memory=memory, notes=tuple(notes))
 
     def _rounds(self, cfg: LayerSelectConfig, shapes: Mapping[str, Any]) -> int:
         if cfg.method == "greedy_kl":
