@@ -217,6 +217,22 @@ def cache_ratios(
     return growing, ours / theirs
 
 
+LENGTHS = (2048, 8192, 32_768, 131_072)
+"""Tokens at which caches with constant states are compared: a state weighs more, the shorter the text."""
+
+
+def plain_attention(arch: Mapping[str, Any]) -> dict[str, Any]:
+    """The same model with full attention in every layer: what a smaller cache is measured against."""
+    return {**arch, "mixers": ["full_attention"] * arch["num_hidden_layers"]}
+
+
+def cache_ratios_at(arch: Mapping[str, Any], element_size: int = 2) -> tuple[float, dict[int, float]]:
+    """Cache relative to plain attention's: without constant states, and with them by length, `LENGTHS`."""
+    baseline = plain_attention(arch)
+    with_states = {length: cache_ratios(arch, baseline, length, element_size)[1] for length in LENGTHS}
+    return cache_ratios(arch, baseline, 1, element_size)[0], with_states
+
+
 def _full_parameters(arch: Mapping[str, Any]) -> int:
     width, query = arch["hidden_size"], arch["num_attention_heads"] * arch["head_dim"]
     key_value = 2 * arch["num_key_value_heads"] * arch["head_dim"]

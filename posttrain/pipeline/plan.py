@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config import registry
 from posttrain.errors import Problem, RecipeError
+from posttrain.pipeline.cache_note import with_states
 from posttrain.pipeline.device import computes_on_host, planning_for
 from posttrain.pipeline.fingerprint import digest, explain, key_document, key_of
 from posttrain.pipeline.graph import Graph, in_section, section_of
@@ -292,6 +293,7 @@ class _Planner:
             shared = (self.engine.strategy, self.engine.world_size) if planned.stage.parallel else ("single", 1)
             with planning_for(self.device, *shared):
                 estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
+                estimate = with_states(estimate, planned.outputs, known)
                 planned.estimate = self._of_all_ranks(planned, estimate)
         except RecipeError as error:
             self._note(planned.name, error)

@@ -98,6 +98,8 @@ class Estimate:
         memory: peak memory by term, bytes, e.g. {"weights": …, "optimizer": …}; the sum is the peak.
         cache_bytes_per_token: KV-cache growth per token of the model the stage produces or evaluates, at 2 bytes an
             element (bf16) whatever precision the stage works in, so that a plan's stages can be compared.
+        cache_state_bytes: what a sequence's cache holds besides, whatever its length: recurrent states in 4 bytes an
+            element, columns of convolutions in 2. The plan fills it in.
         disk_bytes: what the stage leaves in the store.
         notes: short sentences shown in the plan (e.g. the real ratio after rounding a rank).
     """
@@ -108,6 +110,7 @@ class Estimate:
     data_tokens: int | None = None
     memory: dict[str, int] = field(default_factory=dict)
     cache_bytes_per_token: int | None = None
+    cache_state_bytes: int | None = None
     disk_bytes: int | None = None
     notes: tuple[str, ...] = ()
 

@@ -103,6 +103,7 @@ def _artifact(stage: StageRecord, output: str) -> Json:
         "dtype": extra.get("dtype"),
         "parameters": (manifest.get("estimate") or {}).get("parameters"),
         "cache_bytes_per_token_bf16": (manifest.get("estimate") or {}).get("cache_bytes_per_token"),
+        "cache_state_bytes": (manifest.get("estimate") or {}).get("cache_state_bytes"),
         "tokenizer_sha256": meta.get("tokenizer"),
         "chat_template_sha256": meta.get("chat_template"),
         "files": made.get("files") or {},

@@ -112,7 +112,8 @@ def _head(card: Json) -> Iterator[Block]:
         [
             f"Architecture: {_known(artifact['model_type'])}, stored in {_known(artifact['dtype'])}",
             f"Parameters: {_count(artifact['parameters'])} (by formula)",
-            f"KV cache: {_count(artifact['cache_bytes_per_token_bf16'])} bytes per token in bf16 (by formula)",
+            f"KV cache: {_count(artifact['cache_bytes_per_token_bf16'])} bytes per token in bf16{_states(artifact)} "
+            "(by formula)",
             f"Licence of the model it was made from: {_licences(card)}",
         ]
     )
@@ -432,3 +433,9 @@ def _files(card: Json) -> Iterator[Block]:
             for name, one in sorted(files.items())
         ]
         yield Table(["file", "size", "SHA-256"], rows)
+
+
+def _states(artifact: Json) -> str:
+    """Constant states beside the growing cache, where the model has some."""
+    constant = artifact.get("cache_state_bytes")
+    return f" and {_count(constant)} bytes per sequence, states in fp32" if constant else ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.report import card, card_text, cards, facts, plots
 from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Node, Notice, Sample, Table, Text
+from posttrain.report.caches import caches
 from posttrain.report.facts import Row
 from posttrain.report.gates import gates
 from posttrain.report.layers import by_layer
@@ -30,6 +31,7 @@ def content(run: RunRecord) -> list[Block]:
         _results,
         problems,
         by_layer,
+        caches,
         gates,
         _samples,
         _graph,

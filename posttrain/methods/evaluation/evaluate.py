@@ -110,19 +110,30 @@ def _boundary(ctx: StageContext, done: int) -> Callable[[], None]:
 
 
 def _sizes(model: Any, precision: str) -> dict[str, Any]:
-    from posttrain.models.architecture import cache_bytes_per_token, normalise
+    from posttrain.models.architecture import cache_bytes_per_token, cache_ratios_at, cache_state_bytes, normalise
 
     per_token, constant = measure.cache_bytes(model)
+    size, states = ELEMENT_SIZE[precision], {}
     try:
-        predicted = cache_bytes_per_token(normalise(model.config.to_dict()), ELEMENT_SIZE[precision])
+        arch = normalise(model.config.to_dict())
+        predicted = cache_bytes_per_token(arch, size)
     except PosttrainError:
         # A family without a formula is still measured; its table cell stays empty.
         predicted = None
+    else:
+        if constant or cache_state_bytes(arch):
+            without, lengths = cache_ratios_at(arch, size)
+            states = {
+                "kv_constant_bytes_predicted": cache_state_bytes(arch, size),
+                "cache_ratio_without_states": without,
+                "cache_ratio_with_states": {str(length): ratio for length, ratio in lengths.items()},
+            }
     return {
         "parameters": measure.parameter_count(model),
         "kv_bytes_per_token_predicted": predicted,
         "kv_bytes_per_token_measured": per_token,
         "kv_constant_bytes": constant,
+        **states,
     }
 
 

@@ -95,6 +95,31 @@ def test_cache_bytes_measured_equal_predicted(family: str, precision: str, folde
     assert result["kv_constant_bytes"] == 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_constant_states_are_measured_and_both_ratios_told(precision: str, folders, tmp_path: Path) -> None:
+    from posttrain.methods.hybrid_ssm import hybridize
+    from posttrain.models.architecture import cache_bytes, normalise, plain_attention
+    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.models.loading import save_model as save
+
+    source = save_model(tmp_path / "source", "llama")
+    hybrid = hybridize(load_model(source), ["mamba2", "full_attention"])
+    save(hybrid, load_tokenizer(source), tmp_path / "model")
+    cfg = config(precision=precision, max_windows=1)
+    result = run(tmp_path / "work", cfg, model=tmp_path / "model", baseline=source, data=folders["data"])
+    size = {"fp32": 4, "bf16": 2}[precision]
+    # One layer of 4 heads of 16: 4·16² elements of state in fp32, 4 columns of (4 + 2·2)·16 channels.
+    assert result["kv_constant_bytes"] == result["kv_constant_bytes_predicted"] == 4 * 16**2 * 4 + 4 * 8 * 16 * size
+    assert result["kv_bytes_per_token_measured"] == result["kv_bytes_per_token_predicted"] == 2 * 2 * 16 * size
+    assert result["cache_ratio_without_states"] == 0.5
+    arch = normalise(hybrid.config.to_dict())
+    for length, ratio in result["cache_ratio_with_states"].items():
+        whole = cache_bytes(plain_attention(arch), int(length), size)
+        assert ratio == pytest.approx(cache_bytes(arch, int(length), size) / whole) and ratio > 0.5
+    assert list(result["cache_ratio_with_states"]) == ["2048", "8192", "32768", "131072"]
+    assert "baseline_cache_ratio_without_states" not in result
+
+
 def test_a_second_run_and_a_resumed_one_are_bit_equal(folders, tmp_path: Path) -> None:
     cfg = config(prompts=["Hello", "A longer prompt"], generate_tokens=4)
     undisturbed = run(tmp_path / "a", cfg, **folders)
