@@ -14,9 +14,11 @@ class LayerCache:
 
     Attributes:
         tensors: all of them, [B, …]; what compaction moves and what counts as memory.
+        moving: of these, tensors that a step changes in such a way that taking it again does something else.
     """
 
     tensors: tuple[torch.Tensor, ...]
+    moving: tuple[torch.Tensor, ...] = ()
 
     def keep_rows(self, order: torch.Tensor) -> None:
         """Row `order[i]` becomes row i, for the first `len(order)` rows; the other rows hold nothing of use."""
@@ -51,3 +53,26 @@ class LatentCache(LayerCache):
     def write(self, rows: slice, slots: slice, latents: torch.Tensor, rope: torch.Tensor) -> None:
         """Latents [b, t, r] and rotary keys [b, t, d_r] of a prompt."""
         self.latents[rows, slots], self.rope[rows, slots] = latents, rope
+
+
+class StateCache(LayerCache):
+    """Recurrent states [B, H, d, d] of a state-space layer, fp32 or wider, and the last K columns [B, C, K] that its
+    convolution sees."""
+
+    def __init__(
+        self, rows: int, heads: int, width: int, channels: int, kernel: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        self.states = torch.zeros(rows, heads, width, width, dtype=wide, device=device)
+        self.columns = torch.zeros(rows, channels, kernel, dtype=dtype, device=device)
+        self.tensors = self.moving = (self.states, self.columns)
+
+    def write(self, rows: slice, columns: torch.Tensor, states: torch.Tensor) -> None:
+        """What a prompt leaves: its columns [b, C, at least K] and states [b, H, d, d]."""
+        self.columns[rows], self.states[rows] = columns[..., -self.columns.shape[-1] :], states
+
+    def push(self, column: torch.Tensor) -> torch.Tensor:
+        """One more column [B, C] for the first B rows; their last K, [B, C, K]."""
+        own = self.columns[: len(column)]
+        own.copy_(torch.cat((own[..., 1:], column[..., None]), dim=-1))
+        return own

@@ -7,7 +7,8 @@ from posttrain_kernels.rms_norm import rms_norm
 from posttrain_kernels.swiglu import silu_mul
 from torch.nn import functional as F
 
-from posttrain.generation.layers import MIXERS, Moment, Prompt
+from posttrain.generation.layers import Moment, Prompt
+from posttrain.generation.mixers import MIXERS
 from posttrain.generation.weights import DecoderWeights
 
 
@@ -42,6 +43,7 @@ class Decoder:
             slice(end - length, end),
             (slots - start[:, None]).clamp_min(0),
             _causal_mask(slots, start) if padded else None,
+            slots >= start[:, None] if padded else None,
         )
         hidden, residual = F.embedding(ids, self.weights.embeddings), None
         for mixer, layer, cache in zip(self.mixers, self.weights.layers, self.caches, strict=True):
@@ -72,6 +74,15 @@ class Decoder:
         """Row `order[i]` of every cache becomes row i."""
         for cache in self.caches:
             cache.keep_rows(order)
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """Copies of what a step changes for good and a rehearsal must give back."""
+        return [tensor.clone() for cache in self.caches for tensor in cache.moving]
+
+    def restore(self, snapshot: list[torch.Tensor]) -> None:
+        moving = (tensor for cache in self.caches for tensor in cache.moving)
+        for tensor, saved in zip(moving, snapshot, strict=True):
+            tensor.copy_(saved)
 
     def cache_bytes(self) -> int:
         return sum(cache.bytes() for cache in self.caches)

@@ -238,7 +238,7 @@ class DecodeEngine:
 
     def _capture(self, rows: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
         """A graph of `_step`. Rehearsals compile kernels; what they wrote is put back, or replay writes it again."""
-        saved = self.state.snapshot()
+        saved, states = self.state.snapshot(), self.decoder.snapshot()
         if self._side is None:
             # One pool for all: graphs run one after the other and leave their results in the static tensors.
             self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -247,6 +247,8 @@ class DecodeEngine:
             for _ in range(3):
                 self._step(rows, sampling)
                 self.state.restore(saved)
+                self.decoder.restore(states)
+        del states
         torch.cuda.current_stream().wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -1,4 +1,4 @@
-"""The one table of mixers the decoder knows: cache, prompt and step of each. A new mixer is one entry.
+"""Attention layers of the decoder: cache, prompt and step of each kind.
 
 Legend: B rows, T tokens of the prompt, D hidden_size, H query heads, G key/value heads, d head width, S cache slots;
 r, d_n, d_r, d_v: latent, position-free key, rotary key and value width of latent attention.
@@ -32,12 +32,14 @@ class Prompt:
         rows, slots: the part of the caches they fill.
         positions: [b, T] rotary positions; a padding token has 0.
         mask: boolean [b, 1, T, T], true where a query may look, or None: causal and nothing padded.
+        real: boolean [b, T], false for padding, or None: nothing is padded.
     """
 
     rows: slice
     slots: slice
     positions: torch.Tensor
     mask: torch.Tensor | None
+    real: torch.Tensor | None = None
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Moment:
 class Mixer:
     """One layer's mixer: widths from the architecture, weights and rotary tables of the layer, its cache."""
 
-    def __init__(self, arch: Mapping[str, Any], index: int, weights: Weights, tables: Tables) -> None:
+    def __init__(self, arch: Mapping[str, Any], index: int, weights: Weights, tables: Tables | None) -> None:
         self.w, self.tables, self.eps = weights, tables, arch["rms_norm_eps"]
         self.heads = arch["num_attention_heads"]
 
@@ -186,9 +188,6 @@ class LatentAttention(Mixer):
         query = query.unflatten(-2, (self.shared, -1)) @ self.w["q_map"].transpose(1, 2)  # [..., G, H/G, d_n + d_r]
         q_nope, q_rope = query.flatten(-3, -2).split((self.nope, self.rope), dim=-1)
         return q_nope, q_rope, kv
-
-
-MIXERS: dict[str, type[Mixer]] = {"full_attention": FullAttention, "latent_attention": LatentAttention}
 
 
 def _attend(

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from posttrain.errors import PosttrainError
-from posttrain.generation.layers import MIXERS
+from posttrain.generation.mixers import MIXERS
 from posttrain.models.architecture import mixers, normalise, per_layer
 
 MOST_WIDTH = 512
@@ -100,7 +100,8 @@ def _shapes(arch: Mapping[str, Any], kind: str, index: int) -> dict[str, tuple[i
     """[out, in] of the projections of a layer."""
     width, inner = arch["hidden_size"], arch["intermediate_size"]
     shapes = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
-    mixer = _latent_shapes(arch, index) if kind == "latent_attention" else _full_shapes(arch)
+    makers = {"latent_attention": lambda: _latent_shapes(arch, index), "mamba2": lambda: _state_shapes(arch)}
+    mixer = makers.get(kind, lambda: _full_shapes(arch))()
     return shapes | {f"self_attn.{name}": shape for name, shape in mixer.items()}
 
 
@@ -108,6 +109,12 @@ def _full_shapes(arch: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     width, query = arch["hidden_size"], arch["num_attention_heads"] * arch["head_dim"]
     key = (arch["num_key_value_heads"] * arch["head_dim"], width)
     return {"q_proj": (query, width), "k_proj": key, "v_proj": key, "o_proj": (width, query)}
+
+
+def _state_shapes(arch: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    width, heads = arch["hidden_size"], arch["num_attention_heads"]
+    inner, shared = heads * arch["head_dim"], arch["num_key_value_heads"] * arch["head_dim"]
+    return {"in_proj": (2 * inner + 2 * shared + heads, width), "out_proj": (width, inner)}
 
 
 def _latent_shapes(arch: Mapping[str, Any], index: int) -> dict[str, tuple[int, int]]:

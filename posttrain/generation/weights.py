@@ -28,6 +28,8 @@ class Packed(NamedTuple):
 
     parts: Parts
     rows: tuple[int, ...]
+    exact: bool = False
+    """Kept in fp32 (fp64 in a decoder of fp64) whatever the type of the others."""
 
 
 class DecoderWeights:
@@ -38,7 +40,8 @@ class DecoderWeights:
         kinds: mixer of every layer.
         layers: per layer, packed tensors by name (see the mixers' `*_parts` and `_mlp_parts` below).
         embeddings [V, D], head [V, D] (the same tensor where tied), norm [D].
-        rotary: per layer (cos, sin), each [P, d] or [P, d_r], shared between layers with equal tables.
+        rotary: per layer (cos, sin), each [P, d] or [P, d_r], shared between layers with equal tables; None for a layer
+            that turns nothing.
     """
 
     def __init__(self, model: PreTrainedModel, positions: int, dtype: torch.dtype, share: bool = False) -> None:
@@ -88,7 +91,7 @@ class DecoderWeights:
 
     def bytes(self) -> int:
         """Bytes of everything held, each storage once."""
-        tensors = [self.embeddings, self.head, self.norm, *(t for pair in self.rotary for t in pair)]
+        tensors = [self.embeddings, self.head, self.norm, *(t for pair in self.rotary if pair for t in pair)]
         tensors += [tensor for layer in self.layers for tensor in layer.values()]
         return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
@@ -101,17 +104,18 @@ class DecoderWeights:
         _fill(self.head, _packed(model.lm_head.weight))
         _fill(self.norm, _packed(model.model.norm.weight))
         for old, new in zip(self.rotary, self._rotary_tables(model), strict=True):
-            for target, table in zip(old, new, strict=True):
+            for target, table in zip(old or (), new or (), strict=True):
                 target.copy_(table)
 
     def _empty(self, packed: Packed) -> torch.Tensor:
         first = next(part for part in packed.parts if part is not None)
-        if self.share and len(packed.parts) == 1 and first.dtype == self.dtype and first.is_contiguous():
+        dtype = torch.promote_types(self.dtype, torch.float32) if packed.exact else self.dtype
+        if self.share and len(packed.parts) == 1 and first.dtype == dtype and first.is_contiguous():
             return first.detach()
-        return torch.empty(sum(packed.rows), *first.shape[1:], dtype=self.dtype, device=self.device)
+        return torch.empty(sum(packed.rows), *first.shape[1:], dtype=dtype, device=self.device)
 
     @torch.no_grad()
-    def _rotary_tables(self, model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _rotary_tables(self, model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
         """The model's own cosines and sines, in the type its layers would see at this precision."""
         rotary = model.model.rotary_emb
         like = torch.empty(0, dtype=self.dtype, device=model.device)
@@ -120,7 +124,7 @@ class DecoderWeights:
         made = made if isinstance(made, list) else [made]
         groups = getattr(rotary, "groups", [0] * len(self.kinds))
         pairs = [tuple(table[0].to(self.device).contiguous() for table in pair) for pair in made]
-        return [pairs[group] for group in groups]
+        return [None if group is None else pairs[group] for group in groups]
 
 
 def _architecture(model: PreTrainedModel) -> dict[str, Any]:
@@ -180,11 +184,24 @@ def _mlp_parts(mlp: nn.Module) -> dict[str, Packed]:
     return _linear("gate_up", mlp.gate_proj, mlp.up_proj) | _linear("down", mlp.down_proj)
 
 
-_MIXER_PARTS = {"full_attention": _full_parts, "latent_attention": _latent_parts}
+def _state_parts(mixer: nn.Module, arch: Mapping[str, Any], index: int) -> dict[str, Packed]:
+    """in [2 H d + 2 G d + H, D], out [D, H d], their biases; taps [C, 1, K], taps_bias [C]; norm [H d]; b_norm, c_norm
+    [d]; and in fp32 a, step_bias, skip [H]."""
+    parts = _linear("in", mixer.in_proj) | _linear("out", mixer.out_proj)
+    parts |= {"taps": _packed(mixer.conv1d.weight), "taps_bias": _packed(mixer.conv1d.bias)}
+    if arch["mamba_norm"]:
+        parts["norm"] = _packed(mixer.norm.weight)
+    if arch["qk_norm"]:
+        parts |= {"b_norm": _packed(mixer.b_norm.weight), "c_norm": _packed(mixer.c_norm.weight)}
+    exact = {"a": -torch.exp(mixer.A_log.detach()), "step_bias": mixer.dt_bias, "skip": mixer.D}
+    return parts | {name: _packed(tensor, exact=True) for name, tensor in exact.items()}
 
 
-def _packed(tensor: torch.Tensor) -> Packed:
-    return Packed((tensor,), (tensor.shape[0],))
+_MIXER_PARTS = {"full_attention": _full_parts, "latent_attention": _latent_parts, "mamba2": _state_parts}
+
+
+def _packed(tensor: torch.Tensor, exact: bool = False) -> Packed:
+    return Packed((tensor,), (tensor.shape[0],), exact)
 
 
 def _linear(name: str, *modules: nn.Module) -> dict[str, Packed]:

@@ -8,6 +8,7 @@ from source_models import FAMILIES, make_source
 PAD = 258
 LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
 MIXED = ["full_attention", "latent_attention"]
+HYBRID = ["mamba2", "full_attention"]
 
 
 def make_upcycled(family: str = "llama", mixers: list[str] | None = None, seed: int = 1, source=None, **fields):
@@ -57,6 +58,13 @@ MODELS = {
     "latent with biases": lambda: make_upcycled("qwen2", latent_bias=True, latent_out_bias=True),
     "latent, low-rank query": lambda: make_upcycled(q_lora_rank=12, qk_latent_layernorm=True),
     "latent, rotary only": lambda: make_upcycled(qk_nope_head_dim=0, qk_rope_head_dim=16, query_pre_attn_scalar=5.0),
+    "states": lambda: make_upcycled(mixers=["mamba2"] * 2),
+    "hybrid": lambda: make_upcycled(mixers=HYBRID),
+    "states and latents": lambda: make_upcycled(mixers=["mamba2", "latent_attention"], kv_lora_rank=[None, 24]),
+    "hybrid qwen3": lambda: make_upcycled("qwen3", mixers=HYBRID, mamba_bias=True),
+    "hybrid with biases": lambda: make_upcycled("qwen2", mixers=HYBRID, mamba_out_bias=True, mamba_conv_kernel=6),
+    "hybrid, own taps": lambda: make_upcycled(mixers=HYBRID, mamba_repeat_before_conv=True, mamba_conv_kernel=1),
+    "hybrid, neutral": lambda: make_upcycled(mixers=HYBRID, mamba_conv_activation=False, mamba_norm=False),
     "latent, wide values": lambda: make_upcycled(v_head_dim=24, rope_frequency_indices=[7, 0, 3, 1]),
     "latent qk norm": lambda: make_upcycled("qwen3"),
     "latent qk norm, low-rank query": lambda: make_upcycled(

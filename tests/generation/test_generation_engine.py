@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from generation_models import MIXED, MODELS, full_logprobs, generate, make_upcycled, prompts
+from generation_models import HYBRID, MIXED, MODELS, full_logprobs, generate, make_upcycled, prompts
 from source_models import make_source
 
 from posttrain.errors import StageError
@@ -25,7 +25,7 @@ def test_greedy_tokens_are_those_of_generate(name: str) -> None:
     assert answers.finished == [False] * len(rows) and answers.steps == 19
 
 
-@pytest.mark.parametrize("name", ["llama", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "mixed", "hybrid"])
 @pytest.mark.parametrize("max_rows", [1, 3, 8])
 def test_rows_stop_at_different_lengths(name: str, max_rows: int) -> None:
     model, rows = MODELS[name](), prompts((3, 8, 8, 2, 11, 6))
@@ -48,12 +48,15 @@ def test_log_probabilities_are_those_of_a_full_forward(name: str, temperature: f
     answers = DecodeEngine(model, len(rows), 64).generate(rows, sampling)
     for row, answer, logprobs in zip(rows, answers.tokens, answers.logprobs, strict=True):
         expected = full_logprobs(model, row, answer, temperature or 1.0)
-        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
+        # States add up over tokens in another order than the scan does.
+        atol = 2e-5 if "mamba2" in (getattr(model.config, "mixers", None) or ()) else 1e-5
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}], ids=str)
-def test_samples_do_not_depend_on_the_rows_beside_them(filters: dict) -> None:
-    model, rows = make_upcycled(mixers=MIXED), prompts((4, 9, 2, 7, 12, 5, 9))
+@pytest.mark.parametrize("mixers", [MIXED, HYBRID], ids=str)
+def test_samples_do_not_depend_on_the_rows_beside_them(mixers: list[str], filters: dict) -> None:
+    model, rows = make_upcycled(mixers=mixers), prompts((4, 9, 2, 7, 12, 5, 9))
     sampling = Sampling(**DRAWN, **filters)
     together = DecodeEngine(model, 7, 40).generate(rows, sampling)
     stop = (together.tokens[1][3], together.tokens[4][6], together.tokens[5][1])
@@ -105,6 +108,20 @@ def test_slots_outside_a_rows_own_may_hold_anything() -> None:
     assert engine.generate(rows, Sampling(**DRAWN)).logprobs == expected.logprobs
 
 
+def test_a_rehearsed_step_leaves_no_trace() -> None:
+    """A capture takes steps for trial: a state that kept them would be some tokens ahead."""
+    model = make_upcycled(mixers=HYBRID)
+    decoder = DecodeEngine(model, 2, 16).decoder
+    ids, start = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([0, 0])
+    with torch.no_grad():
+        decoder.prefill(ids, start, 0, 3, padded=False)
+        saved = decoder.snapshot()
+        first = decoder.step(torch.tensor([1, 2]), torch.tensor([3]), start)
+        assert not torch.equal(decoder.step(torch.tensor([1, 2]), torch.tensor([3]), start), first)
+        decoder.restore(saved)
+        assert torch.equal(decoder.step(torch.tensor([1, 2]), torch.tensor([3]), start), first)
+
+
 def test_a_padding_token_sees_itself_alone() -> None:
     mask = _causal_mask(torch.arange(4, 8), torch.tensor([4, 6]))
     assert mask.shape == (2, 1, 4, 4)
@@ -113,8 +130,9 @@ def test_a_padding_token_sees_itself_alone() -> None:
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 10, 30])
-def test_prompts_read_in_slices_give_the_same(prefill_tokens: int) -> None:
-    model, rows = make_upcycled(mixers=MIXED), prompts((5, 9, 12, 1, 12, 7))
+@pytest.mark.parametrize("mixers", [MIXED, HYBRID], ids=str)
+def test_prompts_read_in_slices_give_the_same(mixers: list[str], prefill_tokens: int) -> None:
+    model, rows = make_upcycled(mixers=mixers), prompts((5, 9, 12, 1, 12, 7))
     engine = DecodeEngine(model, 6, 40)
     expected = engine.generate(rows, Sampling(max_new_tokens=8)).tokens
     engine.prefill_tokens = prefill_tokens

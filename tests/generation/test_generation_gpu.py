@@ -16,7 +16,18 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-KINDS = ["llama", "qwen2", "qwen3", "biases", "llama3 rope", "mixed", "latent, low-rank query", "latent, wide values"]
+KINDS = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "biases",
+    "llama3 rope",
+    "mixed",
+    "latent, low-rank query",
+    "latent, wide values",
+    "hybrid",
+    "states",
+]
 DRAWN = {"max_new_tokens": 24, "temperature": 1.0, "seed": 7}
 
 
@@ -38,7 +49,7 @@ def test_greedy_tokens_are_those_of_generate(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0.0}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}], ids=str)
-@pytest.mark.parametrize("name", ["llama", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "mixed", "hybrid"])
 def test_a_captured_step_is_the_eager_step(name: str, filters: dict, dtype: torch.dtype) -> None:
     model, rows = MODELS[name]().cuda(), prompts((5, 9, 12, 1, 12, 30, 7, 7, 7, 2, 18, 3))
     sampling = Sampling(**{**DRAWN, **filters})

@@ -12,9 +12,11 @@ from test_model_loading import _logits, _logits_in_a_new_process
 from upcycled_models import PAD, left_padded, token_ids
 
 from posttrain.errors import PosttrainError
+from posttrain.generation import DecodeEngine
 from posttrain.generation.fallback import generate_by_transformers
 from posttrain.generation.settings import Sampling
 from posttrain.generation.support import unsupported
+from posttrain.models.architecture import cache_bytes_per_token, cache_state_bytes, normalise
 from posttrain.models.loading import load_model, save_model
 from posttrain.models.tiny import tiny_tokenizer
 from posttrain.models.upcycled.mamba_upcycled import FP32
@@ -83,18 +85,19 @@ def test_a_cache_of_states_alone_counts_and_forgets() -> None:
 
 
 @each_order
-def test_the_decoder_names_the_mixer_it_lacks_and_transformers_answers(order: str) -> None:
+def test_the_decoder_and_transformers_answer_alike(order: str) -> None:
+    """Left-padded batches over 64 steps, states, latents and keys side by side."""
     model = make_hybrid(ORDERS[order])
-    assert unsupported(model) == "layers of kind mamba2, which have no decoder yet"
-    from posttrain.generation.weights import DecoderWeights
-
-    with pytest.raises(PosttrainError, match="mamba2"):
-        DecoderWeights(model, 8, torch.float32)
-    _, _, rows = left_padded([5, 9, 12])
-    answers = generate_by_transformers(model, [row.tolist() for row in rows], Sampling(max_new_tokens=6, temperature=0))
-    for row, answer in zip(rows, answers, strict=True):
-        with torch.no_grad():
-            assert answer[0] == model(row[None]).logits[0, -1].argmax()
+    assert unsupported(model) is None
+    _, _, rows = left_padded([5, 9, 12, 9])
+    rows, sampling = [row.tolist() for row in rows], Sampling(max_new_tokens=64, temperature=0)
+    answers = DecodeEngine(model, 4, 80).generate(rows, sampling)
+    assert answers.tokens == generate_by_transformers(model, rows, sampling)
+    arch = normalise(model.config.to_dict())
+    states = cache_state_bytes(arch, element_size=4)
+    # A cache of 80 slots and 4 rows: what grows, and what does not.
+    expected = 4 * (80 * cache_bytes_per_token(arch, 4) + states)
+    assert DecodeEngine(model, 4, 80).decoder.cache_bytes() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
