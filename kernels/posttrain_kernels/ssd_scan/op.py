@@ -1,6 +1,6 @@
 """`ssd_scan` and `ssd_step`: checks and dispatch. Legend: see `reference.py`.
 
-Every device runs `torch_scan.py`; there is no Triton kernel yet.
+Triton on CUDA where `triton_scan.py` says that its kernels take the tensors, `torch_scan.py` elsewhere.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..inference import refuse_gradients
 from .torch_scan import CHUNK, chunked_scan, single_step
+from .triton_scan import supports_scan, supports_step, triton_scan
 
 
 def ssd_scan(
@@ -51,7 +52,8 @@ def ssd_scan(
         raise ValueError(f"nothing to scan: {x.shape[1]} tokens in chunks of {chunk}")
     if documents is not None and (documents.shape != x.shape[:2] or documents.is_floating_point()):
         raise ValueError(f"documents {tuple(documents.shape)} must be integers of shape {tuple(x.shape[:2])}")
-    return chunked_scan(x, dt, a, b, c, d, initial_state, documents, chunk)
+    run = triton_scan if supports_scan(x, dt, a, b, c, d, initial_state) else chunked_scan
+    return run(x, dt, a, b, c, d, initial_state, documents, chunk)
 
 
 def ssd_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None = None) -> Tensor:
@@ -71,7 +73,11 @@ def ssd_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tens
     _check(x, dt, a, b, c, d, state, tokens=1)
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the state must be fp32 or fp64, not {state.dtype}")
-    return single_step(x, dt, a, b, c, state, d)
+    if not supports_step(x, dt, a, b, c, state, d):
+        return single_step(x, dt, a, b, c, state, d)
+    from .launch import step_in_place
+
+    return step_in_place(x, dt, a, b, c, state, d)
 
 
 def _check(
