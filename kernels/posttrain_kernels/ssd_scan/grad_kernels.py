@@ -11,8 +11,9 @@ An exponent dt_t a is in all that crosses from before t to t or later, and its g
 
     e_t = Σ_{u<t≤t'} M_{t'u} dt_u + Σ_{t'≥t} c_t'·(enter dY hᵀ)_t' + Σ_{u<t} dt_u x_u·(leave B g)_u + whole ⟨g, h⟩
 
-with M = S ∘ Q ∘ D; ddt = a e + Σ_t M + x·(leave B g), da = Σ dt e. Sums go over single chunks. The shorter form of
-gated linear attention, one sum of c·dc − b·db over the row, takes small differences of what bf16 products have rounded.
+with M = S ∘ Q ∘ D; ddt = a e + x·W, da = Σ dt e. The first sum is a product with ones where t ≤ t'.
+Shorter forms, suffix sums of (what t reads − what it writes) over a chunk, or of c·dc − b·db over a row as in gated
+linear attention, lose an e that is small beside what goes on on either side of a strong decay.
 
 No product has a transposed, rounded accumulator as operand: Triton miscompiles some on Hopper (fla issue 640).
 """
@@ -64,6 +65,7 @@ def chunk_grad_kernel(
     chunks = tl.cdiv(T, L)
     index = line.to(tl.int64) * segments + part
     at = tl.arange(0, L)
+    b_onward = (at[:, None] <= at[None, :]).to(TYPE)
     in_state = tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
 
     b_g = tl.zeros([N, P], tl.float32)
@@ -84,19 +86,22 @@ def chunk_grad_kernel(
         b_dt = load_steps(p_dt, start, dt_token, left, L)
         high, low, run, enter, leave, whole = decays(b_dt, a, p_doc, start, left, L, PACKED)
         b_low = b_g.to(TYPE)
+        through = whole * tl.sum(b_g * b_h.to(tl.float32))
+        # Early, so that registers of b_dy are free for the rest, which takes the gradient before as b_low.
+        b_dyd = (b_dy.to(tl.float32) * enter[:, None]).to(TYPE)
+        b_g = tl.dot(tl.trans(b_c), b_dyd, acc=b_g * whole, input_precision=PRECISION)
 
         b_s = tl.dot(b_c, tl.trans(b_b), input_precision=PRECISION)
         b_q = tl.dot(b_dy, tl.trans(b_x), input_precision=PRECISION)
-        b_decay = pair_decays(high, low, run, L, PACKED)
-        b_sd = (b_s * b_decay).to(TYPE)
-        b_qd = b_q * b_decay * b_dt[None, :]
-        # What a token reads of itself crosses nothing; beside strong decays it would drown the rest if subtracted.
+        b_decay = pair_decays(b_s, high, low, run, L, PACKED)
+        b_sd = b_s * b_decay
+        b_m = (b_sd * b_q * b_dt[None, :]).to(TYPE)
+        b_across = tl.dot(b_onward, b_m, input_precision=PRECISION)
+        b_across = tl.sum(tl.where(at[:, None] > at[None, :], b_across, 0.0), axis=1)
         own = at[:, None] == at[None, :]
-        b_read = tl.sum(tl.where(own, 0.0, b_s * b_qd), axis=1)
-        b_written = tl.sum(tl.where(own, 0.0, b_s * b_q * b_decay), axis=0)
-        b_own = tl.sum(tl.where(own, b_s * b_q, 0.0), axis=1)
         dd += tl.sum(tl.where(own, b_q, 0.0))
-        b_qd = b_qd.to(TYPE)
+        b_qd = (b_q * b_decay * b_dt[None, :]).to(TYPE)
+        b_sd = b_sd.to(TYPE)
 
         b_dc = tl.dot(b_dy, tl.trans(b_h), input_precision=PRECISION) * enter[:, None]
         b_entering = tl.sum(b_dc * b_c.to(tl.float32), axis=1)
@@ -110,20 +115,16 @@ def chunk_grad_kernel(
         b_w = tl.dot(b_b, b_low, input_precision=PRECISION) * leave[:, None]
         b_leaving = tl.sum(b_w * b_x.to(tl.float32), axis=1)
         b_w += tl.trans(tl.dot(tl.trans(b_dy), b_sd, input_precision=PRECISION))
+        b_direct = tl.sum(b_w * b_x.to(tl.float32), axis=1)
         store_tile(p_dx, start, H * P, left, b_w * b_dt[:, None] + d * b_dy.to(tl.float32), L, P)
 
-        through = whole * tl.sum(b_g * b_h.to(tl.float32))
         # fp64 (L numbers): sums up to t less the summand at t, beside strong decays much the largest.
-        b_before = (b_leaving * b_dt).to(tl.float64)
-        b_after = b_read.to(tl.float64) - (b_written * b_dt).to(tl.float64) + b_entering.to(tl.float64)
-        b_e = tl.cumsum(b_after, axis=0, reverse=True) + (tl.cumsum(b_before, axis=0) - b_before)
-        b_e = b_e.to(tl.float32) + through
-        b_ddt = a * b_e + b_written + b_own + b_leaving
+        b_driven = (b_leaving * b_dt).to(tl.float64)
+        b_arrived = (tl.cumsum(b_driven, axis=0) - b_driven).to(tl.float32)
+        b_e = b_across + tl.cumsum(b_entering, axis=0, reverse=True) + b_arrived + through
+        b_ddt = a * b_e + b_direct
         tl.store(p_ddt + (start + at) * H, b_ddt.to(p_ddt.dtype.element_ty), mask=at < left)
         da += tl.sum(b_dt * b_e)
-
-        b_dyd = (b_dy.to(tl.float32) * enter[:, None]).to(TYPE)
-        b_g = tl.dot(tl.trans(b_c), b_dyd, acc=b_g * whole, input_precision=PRECISION)
     tl.store(p_da + index, da)
     tl.store(p_dd + index, dd)
     if FIRST:

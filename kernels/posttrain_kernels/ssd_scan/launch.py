@@ -136,13 +136,11 @@ def scan_backward(
     `first` as `scan_forward` returned it. The state before each chunk is computed anew, and its memory, of the size of
     x with all heads, is free after this: kept from the forward pass it would be there for every layer at once.
     """
-    rows, tokens, heads, head, state = scan.sizes
+    rows, tokens, heads, _, _ = scan.sizes
     grad_y = unit_stride(grad_y)
     grad_last = None if grad_last is None else grad_last.contiguous()
     tile, device = scan.plan.backward, scan.x.device
-    chunks = triton.cdiv(tokens, tile.chunk)
-    before = torch.empty(rows, heads, chunks, state, head, dtype=scan.type, device=device)
-    _launch_scan(scan, scan.plan.states, first=first, states=before)
+    before = chunk_states(scan, first)
     if scan.segments > 1:
         grad_last = _segment_gradients(scan, grad_y, grad_last)
     grad_x, grad_b, grad_c = (_gradient(scan, tensor) for tensor in (scan.x, scan.b, scan.c))
@@ -161,6 +159,15 @@ def scan_backward(
     shared = (_sum_heads(grad, like) for grad, like in ((grad_x, scan.x), (grad_b, scan.b), (grad_c, scan.c)))
     grad_x, grad_b, grad_c = shared
     return grad_x, grad_dt, grad_a.sum((0, 2)), grad_b, grad_c, grad_d.sum((0, 2)), grad_first
+
+
+def chunk_states(scan: Scan, first: Tensor | None) -> Tensor:
+    """The state before each chunk of `plan.states`, [B, H, chunks, N, P] in the type of products."""
+    rows, tokens, heads, head, state = scan.sizes
+    chunks = triton.cdiv(tokens, scan.plan.states.chunk)
+    before = torch.empty(rows, heads, chunks, state, head, dtype=scan.type, device=scan.x.device)
+    _launch_scan(scan, scan.plan.states, first=first, states=before)
+    return before
 
 
 def step_in_place(

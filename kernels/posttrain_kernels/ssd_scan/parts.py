@@ -81,11 +81,15 @@ def decays(b_dt, a, p_doc, start, left, L: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def pair_decays(high, low, run, L: tl.constexpr, PACKED: tl.constexpr):
-    """[t, u]: the decay from u to t where u ≤ t in one document, else 0; exponents of other pairs are never taken."""
+def pair_decays(b_mix, high, low, run, L: tl.constexpr, PACKED: tl.constexpr):
+    """[t, u]: the decay from u to t where u ≤ t in one document, else 0; exponents of other pairs are never taken.
+
+    `b_mix` [t, u] is a product these will be multiplied with. Decays are computed in its registers' layout because the
+    mask asks it something; computed by themselves they would go through shared memory to it.
+    """
     at = tl.arange(0, L)
-    mixed = at[:, None] >= at[None, :]
+    mixed = (at[:, None] >= at[None, :]) & (b_mix == b_mix)
     if PACKED:
         mixed = mixed & (run[:, None] == run[None, :])
-    exponent = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    return tl.exp2(tl.where(mixed, exponent, float("-inf")))
+    exponent = tl.where(mixed, high[:, None], float("-inf")) - high[None, :]
+    return tl.exp2(exponent + low[:, None] - low[None, :])

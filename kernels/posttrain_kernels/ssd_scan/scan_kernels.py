@@ -69,7 +69,7 @@ def chunk_scan_kernel(
             b_c = load_tile(p_c, start, c_token, left, L, N, TYPE)
             b_y = tl.dot(b_c, b_state.to(TYPE), input_precision=PRECISION) * enter[:, None]
             b_mix = tl.dot(b_c, tl.trans(b_b), input_precision=PRECISION)
-            b_mix *= pair_decays(high, low, run, L, PACKED) * b_dt[None, :]
+            b_mix *= pair_decays(b_mix, high, low, run, L, PACKED) * b_dt[None, :]
             b_y = tl.dot(b_mix.to(TYPE), b_x, acc=b_y, input_precision=PRECISION)
             if HAS_D:
                 b_y += d * b_x.to(tl.float32)

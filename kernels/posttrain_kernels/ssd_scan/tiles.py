@@ -47,6 +47,11 @@ class Plan:
     backward: Tile
     segment: int | None = None
 
+    def __post_init__(self) -> None:
+        chunks = (self.forward.chunk, self.states.chunk, self.backward.chunk)
+        if chunks[1] != chunks[2] or self.segment is not None and any(self.segment % chunk for chunk in chunks):
+            raise ValueError(f"chunks of {chunks} tokens do not fit each other or segments of {self.segment}")
+
 
 FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2)}
 STATES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
