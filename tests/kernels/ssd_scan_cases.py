@@ -58,7 +58,9 @@ def judge(
     """
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     y, last = triton_scan(*leaves, ids, **({"chunk": 64} | options))
-    grad_y, grad_last = (randn(*out.shape, seed=99 + i, dtype=out.dtype).to(out.device) for i, out in enumerate((y, last)))
+    grad_y, grad_last = (
+        randn(*out.shape, seed=99 + i, dtype=out.dtype).to(out.device) for i, out in enumerate((y, last))
+    )
     found = (y, last, *torch.autograd.grad((y, last), leaves, (grad_y, grad_last)))
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = scan(*wide[:6], initial_state=wide[6], documents=ids)

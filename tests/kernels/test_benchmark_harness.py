@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_decode_ops, bench_linear_kl, plot, run
+from benchmarks import bench_decode_ops, bench_linear_kl, bench_ssd_scan, plot, run
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.harness import COLUMNS, OURS, Case, Run, newest, read_rows, relative_error, run_case, write_rows
 from benchmarks.table import best_peer, table
@@ -128,6 +130,46 @@ def test_another_setting_of_ours_is_no_peer(quick: Run) -> None:
 def test_linear_kl_is_measured_with_both_types_of_logits(quick: Run) -> None:
     (only,) = bench_linear_kl.cases(CPU, quick=True)
     assert [result.correct for result in run_case(only, quick, {OURS, f"{OURS}_fp32_logits"})] == [True, True]
+
+
+def test_the_scan_and_its_step_are_measured_with_all_gradients(quick: Run) -> None:
+    forward, training, step = bench_ssd_scan.cases(CPU, quick=True)
+    names = {"grad_" + name for name in ("x", "dt", "a", "b", "c", "d")}
+    for case, outputs in ((forward, {"y"}), (training, {"y", *names}), (step, {"y", "last"})):
+        results = run_case(case, quick, {OURS, "torch_chunks"})
+        assert [result.correct for result in results] == [True, True]
+        assert all(set(result.errors) == outputs for result in results)
+    shape = bench_ssd_scan.Shape(8, 4096, 32, (32, 32, 32))
+    of_x = 2 * 8 * 4096 * 32 * 64
+    assert 4 * of_x < shape.bytes(2, backward=False) < 4.2 * of_x
+    assert 11 * of_x < shape.bytes(2, backward=True) < 11.4 * of_x
+
+
+def test_a_scan_of_any_size_is_measured_from_the_command_line(tmp_path: Path) -> None:
+    sizes = [
+        "--batch",
+        "1",
+        "--tokens",
+        "21",
+        "--heads",
+        "4",
+        "--groups",
+        "2",
+        "2",
+        "4",
+        "--head",
+        "16",
+        "--state",
+        "16",
+    ]
+    script = [sys.executable, "scripts/bench_ssd_scan.py", *sizes, "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(script, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = read_rows(tmp_path / "ssd_scan.csv")
+    assert {r["direction"] for r in rows if r["correct"] == "true" and r["implementation"] == OURS} == {
+        "fwd",
+        "fwd+bwd",
+    }
 
 
 def test_no_implementation_finds_what_another_wrote(quick: Run) -> None:

@@ -25,8 +25,8 @@ STEP_ELEMENTS = 1024
 class Scan:
     """The inputs of a scan as the kernels take them: last dimensions dense, types of products chosen.
 
-    bf16 operands stay bf16. fp16 ones are multiplied as tf32, which has their precision and fp32's range: states have no
-    bound. fp32 ones, and mixed ones, as three tf32 products, fp32 to the last bits.
+    bf16 operands stay bf16. fp16 ones are multiplied as tf32, which has their precision and fp32's range, since states
+    have no bound; fp32 ones, and mixed ones, as three tf32 products, fp32 to the last bits.
     """
 
     x: Tensor
@@ -146,9 +146,7 @@ def scan_backward(
     grad_x, grad_b, grad_c = (_gradient(scan, tensor) for tensor in (scan.x, scan.b, scan.c))
     grad_dt = torch.empty(rows, tokens, heads, dtype=scan.dt.dtype, device=device)
     grad_first = scan.states()
-    grad_a, grad_d = (
-        torch.empty(rows, heads, scan.segments, dtype=torch.float32, device=device) for _ in range(2)
-    )
+    grad_a, grad_d = (torch.empty(rows, heads, scan.segments, dtype=torch.float32, device=device) for _ in range(2))
     chunk_grad_kernel[(rows * heads, scan.segments)](
         *scan.tensors, before, grad_y, before if grad_last is None else grad_last,
         grad_x, grad_dt, grad_b, grad_c, grad_first, grad_a, grad_d,
@@ -170,9 +168,7 @@ def chunk_states(scan: Scan, first: Tensor | None) -> Tensor:
     return before
 
 
-def step_in_place(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None
-) -> Tensor:
+def step_in_place(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None) -> Tensor:
     """The Triton code behind `ssd_step`; checks done, the state's last dimension dense."""
     rows, heads, head, width = state.shape
     y = torch.empty(rows, heads, head, dtype=x.dtype, device=x.device)

@@ -62,7 +62,7 @@ WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 
 
 def choose_plan(lines: int, tokens: int, head: int, state: int, itemsize: int, chunk: int) -> Plan:
-    """The plan for `lines` rows times heads of `tokens` tokens, P = `head`, N = `state`, operands of `itemsize` bytes."""
+    """The plan for `lines` rows times heads, P = `head` and N = `state`, operands of `itemsize` bytes."""
     widest = 64 if max(head, state) <= 64 else 128
     chosen = (FORWARD[widest], STATES[widest], BACKWARD[widest]) if itemsize == 2 else WIDE_ELEMENTS
     forward, states, backward = (tile.cut(chunk, head) for tile in chosen)
@@ -83,9 +83,9 @@ def choose_segment(programs: int, tokens: int) -> int | None:
 
 def candidates(head: int, state: int, itemsize: int) -> dict[str, list[Tile]]:
     """Tiles that tuning may choose for `forward`, `states` and `backward`: the GPU tests judge each by itself."""
-    chunks = (32, 64, 128) if itemsize == 2 else (16, 32)
-    widths = sorted({min(head, width) for width in (32, 64, 128)})
-    scan = [Tile(*shape) for shape in product(chunks, widths, (4, 8), (1, 2, 3))]
+    chunks, stages = ((32, 64, 128), (2, 3)) if itemsize == 2 else ((16, 32), (1, 2))
+    widths = sorted({min(head, width) for width in (32, 64)})
+    scan = [Tile(*shape) for shape in product(chunks, widths, (4, 8), stages)]
     back = [Tile(chunk, head, *shape) for chunk, *shape in product(chunks, (4, 8), (1, 2))]
     # An accumulator [chunk, chunk] or [N, P] of more registers than a thread has is spilled: never fast.
     back = [t for t in back if max(t.chunk**2, head * state, t.chunk * max(head, state)) <= t.warps * 32 * 64]

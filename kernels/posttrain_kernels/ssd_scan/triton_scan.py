@@ -16,15 +16,13 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32)
 def supports_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor | None
 ) -> bool:
-    """Whether the kernels run this: on CUDA or interpreted, widths of 16 to 128 in powers of two, no fp64, some rows."""
+    """Whether the kernels run this: CUDA or interpreted, widths of 16 to 128 in powers of two, no fp64, some rows."""
     tensors = [tensor for tensor in (x, dt, a, b, c, d, state) if tensor is not None]
     fits = x.shape[-1] in WIDTHS and b.shape[-1] in WIDTHS and x.shape[0] > 0
     return fits and all(tensor.dtype in TYPES for tensor in tensors) and use_triton(*tensors)
 
 
-def supports_step(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None
-) -> bool:
+def supports_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None) -> bool:
     """Whether the kernel runs this step: any width, no fp64, a state whose last dimension is dense."""
     tensors = [tensor for tensor in (x, dt, a, b, c, d) if tensor is not None]
     fits = state.dtype == torch.float32 and state.stride(-1) == 1

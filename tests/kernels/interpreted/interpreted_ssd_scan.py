@@ -162,7 +162,8 @@ def test_a_step_updates_the_state_in_place(layout, head, state, skip, triton_alo
     cache.copy_(before)
     given = (x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0])
     y = ssd_step(*given, cache, d)
-    expected, after = ssd_step_reference(*(t.double() for t in given), before.double(), None if d is None else d.double())
+    wide = [None if t is None else t.double() for t in (*given, before, d)]
+    expected, after = ssd_step_reference(*wide)
     assert relative_error(y, expected) < 1e-6 and relative_error(cache, after) < 1e-6
 
 
@@ -175,9 +176,10 @@ def test_steps_continue_a_scan(triton_alone):
 
 
 def test_a_state_with_gaps_in_its_last_dimension_takes_the_torch_code():
-    x, dt, a, b, c, d, before = (t[:, 0] if t.dim() == 4 and t.shape[1] == 1 else t for t in inputs((2, 2, 4), length=1))
+    x, dt, a, b, c, d, before = inputs((2, 2, 4), length=1)
     state = randn(1, 4, 16, 32, seed=1)[..., ::2]
     state.copy_(before)
-    expected, after = ssd_step_reference(x, dt[:, 0], a, b, c, state.clone(), d)
-    y = ssd_step(x, dt[:, 0], a, b, c, state, d)
+    given = (x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0])
+    expected, after = ssd_step_reference(*given, before, d)
+    y = ssd_step(*given, state, d)
     assert relative_error(y, expected) < 1e-6 and relative_error(state, after) < 1e-6

@@ -1,0 +1,60 @@
+"""Time `ssd_scan` at a size of one's own, forward and with backward, beside its peers and the bytes it has to move.
+
+    python scripts/bench_ssd_scan.py --batch 8 --tokens 4096 --groups 8 8 32 --out kernels/benchmarks/results
+    python scripts/bench_ssd_scan.py --batch 1 --tokens 45 --heads 4 --groups 2 2 4 --head 16 --state 16    # CPU
+
+Cases, peers and the limit are those of `kernels/benchmarks/bench_ssd_scan.py`, which `make bench` runs at fixed sizes.
+"""
+# ruff: noqa: E402  (the checkout comes first on the path)
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch
+
+from benchmarks.bench_ssd_scan import Shape, scan_case
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.harness import Run, ceiling_rows, run_case, write_rows
+from benchmarks.table import table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, time, print; 1 if ours is wrong or failed."""
+    options = _arguments(argv)
+    device = torch.device(options.device)
+    shape = Shape(options.batch, options.tokens, options.heads, tuple(options.groups), options.head, options.state)
+    measured = measure_ceilings(device)
+    run = Run(device, measured.ceilings, quick=device.type == "cpu")
+    print(f"{shape}, {run.columns()['gpu']}, copies {run.ceilings.copy_gb_s:.0f} GB/s")
+    results = []
+    for backward in (False, True):
+        results += run_case(scan_case(shape, device, backward), run, options.implementations)
+    if options.out:
+        write_rows(options.out / "ceilings.csv", ceiling_rows(measured, run))
+        write_rows(options.out / "ssd_scan.csv", [result.row(run) for result in results])
+    print(table(results))
+    return int(any(result.ours_is_bad() for result in results))
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--heads", type=int, default=32, help="of decays and outputs")
+    parser.add_argument("--groups", type=int, nargs=3, default=[32, 32, 32], metavar=("X", "B", "C"))
+    parser.add_argument("--head", type=int, default=64, help="head width P")
+    parser.add_argument("--state", type=int, default=64, help="state width N")
+    parser.add_argument("--implementations", nargs="+", metavar="NAME", help="leave out all but these")
+    parser.add_argument("--out", type=Path, help="append to ssd_scan.csv in this folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""The Triton scan on a CUDA device against torch's chunks in fp64: types, widths, every tile, memory, graphs, bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import relative_error, requires_cuda
+from posttrain_kernels.ssd_scan import ssd_scan, ssd_step, ssd_step_reference
+from posttrain_kernels.ssd_scan.tiles import Plan, Tile, candidates, choose_plan
+from posttrain_kernels.ssd_scan.torch_scan import chunked_scan
+from posttrain_kernels.ssd_scan.triton_scan import triton_scan
+from ssd_scan_cases import documents, inputs, judge
+from torch import Tensor
+
+pytestmark = [pytest.mark.gpu, requires_cuda]
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 4e-3, torch.float32: 1e-5}
+"""Of operands, accumulated in fp32; a's gradient, a sum that may all but cancel, has five times as much."""
+LAYOUTS = [(8, 8, 8), (2, 2, 8), (8, 1, 1)]
+
+
+def on_gpu(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.cuda() for tensor in tensors]
+
+
+def compare(tensors: list[Tensor], ids: Tensor | None = None, **options: object) -> tuple[Tensor, ...]:
+    limit = TOLERANCE[tensors[0].dtype]
+    ids = None if ids is None else ids.cuda()
+    return judge(chunked_scan_in_order, on_gpu(tensors), ids, limit, of_a=5 * limit, **options)
+
+
+def chunked_scan_in_order(*tensors: Tensor, initial_state: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    return chunked_scan(*tensors, initial_state, documents)
+
+
+def runnable(run: Callable[[], object]) -> object:
+    """What it returns; skipped where the device has too little shared memory for the tile, which then is never used."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return run()
+    except OutOfResources as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_cases(seed, poison_empty):
+    draw = random.Random(seed)
+    length = draw.choice([1, 17, 63, 64, 65, 200, draw.randint(2, 900)])
+    sizes = dict(rows=draw.choice([1, 3]), length=length, heads=8, head=draw.choice([16, 32, 64, 128]))
+    tensors = inputs(
+        draw.choice(LAYOUTS),
+        **sizes,
+        state=draw.choice([16, 32, 64, 128]),
+        dtype=draw.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
+        seed=seed,
+        decay=draw.choice([1e-3, 0.05, 1.0]),
+    )
+    starts = sorted(draw.sample(range(1, length), min(4, length - 1)))
+    ids = documents(sizes["rows"], length, *starts) if length > 4 and draw.random() < 0.6 else None
+    compare(tensors, ids, chunk=draw.choice([16, 64, 64, 128]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("segment", [None, 128, 256])
+def test_rows_in_segments(segment, dtype, poison_empty):
+    tensors = inputs((2, 2, 8), length=777, heads=8, head=64, state=64, dtype=dtype, decay=0.01)
+    plan = replace(choose_plan(8, 777, 64, 64, 2 if dtype == torch.bfloat16 else 4, 64), segment=segment)
+    compare(tensors, documents(1, 777, 256, 300), plan=plan)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_strong_decays_among_weak_ones(dtype, poison_empty):
+    tensors = inputs((2, 2, 8), length=300, heads=8, head=64, state=64, dtype=dtype)
+    tensors[1] = torch.full_like(tensors[1], 1e-3)
+    tensors[1][:, 20:45] = 1.25
+    tensors[1][:, 130] = 40.0
+    tensors[2] = torch.full_like(tensors[2], -16.0)
+    found = compare(tensors)
+    assert all(tensor.isfinite().all() for tensor in found)
+
+
+WIDTHS = [(64, 64), (128, 128)]
+
+
+def tiles(of: str) -> list[tuple[tuple[int, int], Tile, torch.dtype]]:
+    """Widths, tile and type of everything that may be chosen for a pass."""
+    cases = [(width, torch.bfloat16) for width in WIDTHS] + [((64, 64), torch.float32)]
+    return [(width, tile, dtype) for width, dtype in cases for tile in candidates(*width, dtype.itemsize)[of]]
+
+
+def tile_name(value: object) -> str:
+    if isinstance(value, Tile):
+        return f"L{value.chunk}-P{value.width}-w{value.warps}-s{value.stages}"
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def tile_inputs(width: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    return inputs((2, 2, 4), rows=2, length=333, heads=4, head=width[0], state=width[1], dtype=dtype, decay=0.05)
+
+
+@pytest.mark.parametrize(("width", "tile", "dtype"), tiles("forward"), ids=tile_name)
+def test_every_forward_tile_that_tuning_may_choose(width, tile, dtype, poison_empty):
+    """Compilers have miscompiled some tile sizes on this architecture: each is compared, in both its forms."""
+    from posttrain_kernels.ssd_scan.launch import Scan, chunk_states, scan_forward
+
+    tensors, limit = on_gpu(tile_inputs(width, dtype)), TOLERANCE[dtype]
+    wide = [tensor.double() for tensor in tensors]
+    plan = Plan(tile, tile, Tile(tile.chunk, width[0], 8, 1))
+    scan = Scan.of(*tensors[:6], None, 64, plan)
+    y, last, first = runnable(lambda: scan_forward(scan, tensors[6]))
+    expected, end = chunked_scan(*wide, None)
+    assert relative_error(y, expected) < limit and relative_error(last, end) < limit
+    before = runnable(lambda: chunk_states(scan, first))
+    for chunk in range(1, before.shape[2]):
+        part = slice(chunk * tile.chunk)
+        x, dt, a, b, c, d, state = wide
+        _, expected = chunked_scan(x[:, part], dt[:, part], a, b[:, part], c[:, part], d, state, None)
+        assert relative_error(before[:, :, chunk].transpose(-1, -2), expected) < limit, chunk
+
+
+@pytest.mark.parametrize(("width", "tile", "dtype"), tiles("backward"), ids=tile_name)
+def test_every_backward_tile_that_tuning_may_choose(width, tile, dtype, poison_empty):
+    chosen = choose_plan(8, 333, *width, dtype.itemsize, 64)
+    plan = Plan(chosen.forward, replace(chosen.states, chunk=tile.chunk), tile)
+    tensors, ids = tile_inputs(width, dtype), documents(2, 333, 64, 100)
+    first = runnable(lambda: compare(tensors, ids, plan=plan))
+    second = compare(tensors, ids, plan=plan)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))  # a race would show
+
+
+def test_memory_of_a_step_is_inputs_gradients_and_chunk_states():
+    tensors = on_gpu(inputs((32, 32, 32), rows=2, length=2048, heads=32, head=64, state=64, dtype=torch.bfloat16))
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+
+    def step():
+        y, _ = ssd_scan(*leaves[:6], initial_state=leaves[6])
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y, last = ssd_scan(*leaves[:6], initial_state=leaves[6])
+    held = torch.cuda.memory_allocated() - before
+    assert held <= y.nbytes + last.nbytes + 2**20, "something of the forward pass is kept beside its outputs"
+    del y, last
+    step()
+    # y and its gradient, three gradients, chunk states: six tensors of x's size, and small ones.
+    assert torch.cuda.max_memory_allocated() - before < 6.5 * leaves[0].nbytes + 4 * leaves[6].nbytes
+
+
+def captured(run):
+    """A graph of `run`, and what it returned."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph, out
+
+
+def test_a_captured_training_step_replays_on_new_inputs():
+    old, new = (on_gpu(inputs((2, 2, 8), length=300, heads=8, head=64, state=64, seed=s, decay=0.1)) for s in (0, 1))
+    leaves = [tensor.clone().requires_grad_() for tensor in old]
+
+    def step():
+        y, last = triton_scan(*leaves, None, 64)
+        return y, last, *torch.autograd.grad(y.square().sum() + last.sum(), leaves)
+
+    graph, out = captured(step)
+    with torch.no_grad():
+        for leaf, tensor in zip(leaves, new, strict=True):
+            leaf.copy_(tensor)
+    graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(out, step(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_captured_steps_follow_a_state(dtype):
+    x, dt, a, b, c, d, state = on_gpu(inputs((2, 2, 8), rows=5, length=6, heads=8, head=64, state=64, dtype=dtype))
+    token = [tensor[:, 0].clone() for tensor in (x, dt, b, c)]
+    cache, expected = state.clone(), state.double()
+    graph, y = captured(lambda: ssd_step(token[0], token[1], a, token[2], token[3], cache, d))
+    cache.copy_(state)
+    for step in range(6):
+        for place, tensor in zip(token, (x, dt, b, c), strict=True):
+            place.copy_(tensor[:, step])
+        y.fill_(float("nan"))
+        graph.replay()
+        given = (tensor[:, step].double() for tensor in (x, dt))
+        after = (tensor[:, step].double() for tensor in (b, c))
+        wanted, expected = ssd_step_reference(*given, a.double(), *after, expected, d.double())
+        assert relative_error(y, wanted) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
+        assert relative_error(cache, expected) < 1e-6

@@ -1,0 +1,47 @@
+"""Launch shapes of the scan, as numbers: what is chosen, and that tuning's candidates hold it."""
+
+from __future__ import annotations
+
+import pytest
+from posttrain_kernels.ssd_scan.tiles import (
+    MULTIPROCESSORS,
+    SEGMENT_LEAST,
+    WIDTHS,
+    Plan,
+    Tile,
+    candidates,
+    choose_plan,
+    choose_segment,
+)
+
+
+@pytest.mark.parametrize("head", WIDTHS)
+@pytest.mark.parametrize("state", WIDTHS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_what_is_chosen_is_among_the_candidates_that_are_judged(head, state, itemsize):
+    plan, judged = choose_plan(256, 4096, head, state, itemsize, 64), candidates(head, state, itemsize)
+    assert plan.forward in judged["forward"] and plan.states in judged["states"] and plan.backward in judged["backward"]
+    assert plan.backward.width == head and head % plan.forward.width == 0
+
+
+@pytest.mark.parametrize(("chunk", "tokens"), [(1, 16), (16, 16), (63, 32), (64, 64), (500, 64)])
+def test_a_caller_may_ask_for_shorter_chunks(chunk, tokens):
+    plan = choose_plan(256, 4096, 64, 64, 2, chunk)
+    assert plan.forward.chunk == plan.states.chunk == plan.backward.chunk == tokens
+
+
+def test_rows_are_cut_where_they_leave_the_card_idle():
+    assert choose_segment(256, 2**15) is None and choose_segment(MULTIPROCESSORS // 2 + 1, 2**15) is None
+    assert choose_segment(1, SEGMENT_LEAST) is None and choose_segment(8, 2 * SEGMENT_LEAST - 1) is None
+    for programs, tokens in ((8, 8191), (32, 4096), (66, 2048), (1, 10**6)):
+        segment = choose_segment(programs, tokens)
+        assert segment % 128 == 0 and segment >= SEGMENT_LEAST
+        assert MULTIPROCESSORS // 2 < programs * -(-tokens // segment) <= 2 * MULTIPROCESSORS or segment < 1024
+
+
+def test_segments_are_whole_chunks_and_states_have_the_chunks_of_the_gradients():
+    tile = Tile(64, 64, 4, 1)
+    with pytest.raises(ValueError, match="do not fit"):
+        Plan(tile, tile, tile, 96)
+    with pytest.raises(ValueError, match="do not fit"):
+        Plan(tile, Tile(32, 64, 4, 1), tile)
