@@ -104,15 +104,15 @@ def scan_case(shape: Shape, device: torch.device, backward: bool) -> Case:
         shape=str(shape),
         dtype=str(dtype).removeprefix("torch."),
         direction="fwd+bwd" if backward else "fwd",
-        inputs=lambda: _inputs(shape, device, dtype),
+        inputs=lambda: make_inputs(shape, device, dtype),
         implementations={name: _prepared(peer, backward) for name, peer in peers.items()},
-        reference=lambda inputs: _reference(inputs, backward),
+        reference=lambda inputs: reference(inputs, backward),
         limit_ms=lambda ceilings: ceilings.bytes_ms(shape.bytes(dtype.itemsize, backward)),
         tolerance=TOLERANCE,
     )
 
 
-def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
+def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Step sizes and decays as Mamba-2 starts: dt log-uniform in 1e-3 … 0.1, −a uniform in 1 … 16."""
 
     def normal(*sizes: int) -> Tensor:
@@ -180,7 +180,7 @@ def _mamba_ssm(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
     return scan
 
 
-def _reference(inputs: Inputs, backward: bool) -> dict[str, Tensor]:
+def reference(inputs: Inputs, backward: bool) -> dict[str, Tensor]:
     """Torch's chunks in fp32 (fp64 on a CPU), a row at a time."""
     wide = torch.float64 if inputs.x.device.type == "cpu" else torch.float32
     rows = []
@@ -204,7 +204,7 @@ def _step_case(shape: Shape, device: torch.device) -> Case:
     copies = max(1, -(-ROTATED_BYTES // states)) if device.type == "cuda" else 1
 
     def inputs() -> tuple[Tensor, ...]:
-        x, dt, a, b, c, d = _inputs(shape, device, dtype).leaves
+        x, dt, a, b, c, d = make_inputs(shape, device, dtype).leaves
         state = torch.randn(copies, shape.batch, shape.heads, shape.head, shape.state, device=device)
         return x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state, d
 

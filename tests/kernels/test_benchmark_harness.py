@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -170,6 +172,36 @@ def test_a_scan_of_any_size_is_measured_from_the_command_line(tmp_path: Path) ->
         "fwd",
         "fwd+bwd",
     }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_tiles_of_the_scan_are_timed_where_they_are_right(tmp_path: Path) -> None:
+    sizes = [
+        "--batch",
+        "1",
+        "--tokens",
+        "5",
+        "--heads",
+        "2",
+        "--groups",
+        "1",
+        "2",
+        "2",
+        "--head",
+        "16",
+        "--state",
+        "16",
+    ]
+    script = [sys.executable, "scripts/tune_ssd_scan.py", *sizes, "--tiles", "2", "--out", str(tmp_path)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(script, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    with (tmp_path / "tune_ssd_scan.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["pass"] for row in rows] == ["forward"] * 2 + ["states"] * 2 + ["backward"] * 2
+    assert all(row["verdict"] == "right" and float(row["ms"]) > 0 for row in rows)
+    assert [row["default"] for row in rows] == ["True", "False"] * 3
 
 
 def test_no_implementation_finds_what_another_wrote(quick: Run) -> None:
