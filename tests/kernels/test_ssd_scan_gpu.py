@@ -133,6 +133,17 @@ def test_every_backward_tile_that_tuning_may_choose(width, tile, dtype, poison_e
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))  # a race would show
 
 
+@pytest.mark.parametrize("head", [64, 128])
+def test_fp32_inputs_under_autocast_have_bf16_products_and_gradients_of_their_types(head, poison_empty):
+    tensors = on_gpu(inputs((2, 2, 4), length=300, heads=4, head=head, state=head, decay=0.05))
+    with torch.autocast("cuda", torch.bfloat16):
+        found = judge(chunked_scan_in_order, tensors, None, TOLERANCE[torch.bfloat16], of_a=5e-2)
+        y, _ = ssd_scan(*tensors[:6], initial_state=tensors[6])
+    exact, _ = ssd_scan(*tensors[:6], initial_state=tensors[6])
+    assert torch.equal(found[0], y) and 1e-4 < relative_error(y, exact)
+    assert found[1].dtype == torch.float32
+
+
 def test_memory_of_a_step_is_inputs_gradients_and_chunk_states():
     tensors = on_gpu(inputs((32, 32, 32), rows=2, length=2048, heads=32, head=64, state=64, dtype=torch.bfloat16))
     leaves = [tensor.requires_grad_() for tensor in tensors]

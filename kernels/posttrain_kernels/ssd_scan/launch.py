@@ -25,8 +25,9 @@ STEP_ELEMENTS = 1024
 class Scan:
     """The inputs of a scan as the kernels take them: last dimensions dense, types of products chosen.
 
-    bf16 operands stay bf16. fp16 ones are multiplied as tf32, which has their precision and fp32's range, since states
-    have no bound; fp32 ones, and mixed ones, as three tf32 products, fp32 to the last bits.
+    `operands` is the type of operands of products, of chunk states and of gradients before the sums over shared heads.
+    Where it is fp32 (see `product_type`), fp16 inputs are multiplied as tf32, which has their precision and fp32's
+    range, since states have no bound; others as three tf32 products, fp32 to the last bits.
     """
 
     x: Tensor
@@ -37,6 +38,7 @@ class Scan:
     d: Tensor | None
     documents: Tensor | None
     plan: Plan
+    operands: torch.dtype
 
     @classmethod
     def of(
@@ -50,20 +52,17 @@ class Scan:
         documents: Tensor | None,
         chunk: int,
         plan: Plan | None = None,
+        operands: torch.dtype | None = None,
     ) -> Scan:
-        """Checks done; `plan` in place of the one that shapes choose."""
+        """Checks done; `plan` and `operands` in place of those that shapes and inputs choose."""
         x, b, c = (unit_stride(tensor) for tensor in (x, b, c))
         if documents is not None:
             documents = (documents.view(torch.int8) if documents.dtype == torch.bool else documents).contiguous()
-        itemsize = 2 if _multiplied(x, b, c) == torch.bfloat16 else 4
+        operands = operands or product_type(x, b, c)
         lines, (tokens, _, head) = dt.shape[0] * dt.shape[2], x.shape[1:]
-        plan = plan or choose_plan(lines, tokens, head, b.shape[-1], itemsize, chunk)
-        return cls(x, dt, a.contiguous(), b, c, None if d is None else d.contiguous(), documents, plan)
-
-    @cached_property
-    def type(self) -> torch.dtype:
-        """Of the operands of products, of chunk states and of gradients before the sums over shared heads."""
-        return _multiplied(self.x, self.b, self.c)
+        loaded = max(tensor.element_size() for tensor in (x, b, c))
+        plan = plan or choose_plan(lines, tokens, head, b.shape[-1], operands.itemsize, chunk, loaded)
+        return cls(x, dt, a.contiguous(), b, c, None if d is None else d.contiguous(), documents, plan, operands)
 
     @cached_property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -85,7 +84,7 @@ class Scan:
     def options(self) -> dict[str, object]:
         """What every kernel is compiled for."""
         _, _, heads, head, state = self.sizes
-        element = tl.bfloat16 if self.type == torch.bfloat16 else tl.float32
+        element = tl.bfloat16 if self.operands == torch.bfloat16 else tl.float32
         precision = "tf32" if self.x.dtype == self.b.dtype == self.c.dtype == torch.float16 else "tf32x3"
         options = dict(H=heads, P=head, N=state, C_SHARE=heads // self.c.shape[2])
         return options | dict(PACKED=self.documents is not None, TYPE=element, PRECISION=precision)
@@ -163,7 +162,7 @@ def chunk_states(scan: Scan, first: Tensor | None) -> Tensor:
     """The state before each chunk of `plan.states`, [B, H, chunks, N, P] in the type of products."""
     rows, tokens, heads, head, state = scan.sizes
     chunks = triton.cdiv(tokens, scan.plan.states.chunk)
-    before = torch.empty(rows, heads, chunks, state, head, dtype=scan.type, device=scan.x.device)
+    before = torch.empty(rows, heads, chunks, state, head, dtype=scan.operands, device=scan.x.device)
     _launch_scan(scan, scan.plan.states, first=first, states=before)
     return before
 
@@ -237,7 +236,7 @@ def _segment_gradients(scan: Scan, grad_y: Tensor, grad_last: Tensor | None) -> 
 def _gradient(scan: Scan, tensor: Tensor) -> Tensor:
     """A buffer [B, T, H, ·]: in the tensor's type where it has all heads, else in the type of products."""
     rows, tokens, heads, _, _ = scan.sizes
-    kind = tensor.dtype if tensor.shape[2] == heads else scan.type
+    kind = tensor.dtype if tensor.shape[2] == heads else scan.operands
     return torch.empty(rows, tokens, heads, tensor.shape[-1], dtype=kind, device=tensor.device)
 
 
@@ -248,5 +247,7 @@ def _sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
 
 
-def _multiplied(x: Tensor, b: Tensor, c: Tensor) -> torch.dtype:
-    return torch.bfloat16 if x.dtype == b.dtype == c.dtype == torch.bfloat16 else torch.float32
+def product_type(x: Tensor, b: Tensor, c: Tensor) -> torch.dtype:
+    """bf16 where x, b and c are, or under bf16 autocast on CUDA, as of any product; else fp32."""
+    autocast = x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
+    return torch.bfloat16 if autocast or x.dtype == b.dtype == c.dtype == torch.bfloat16 else torch.float32

@@ -28,7 +28,8 @@ def ssd_scan(
     """State-space recurrence of Mamba-2 (Dao and Gu, 2024, arXiv 2405.21060) with a scalar decay a head and token.
 
     h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_tᵀ, y_t = h_t c_t + d x_t. Differentiable in every floating tensor. States
-    and sums are fp32 whatever the types of x, b and c, also under autocast (fp64 for fp64).
+    and sums are fp32 whatever the types of x, b and c, also under autocast (fp64 for fp64). Products on CUDA have bf16
+    operands where x, b and c are bf16, and under bf16 autocast.
 
     Args:
         x: [B, T, H_x, P], what is written; b: [B, T, H_b, N], where to; c: [B, T, H_c, N], what reads. H_x, H_b and H_c

@@ -61,12 +61,20 @@ WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 """Forward, states and backward where products have fp32 operands: right, not fast."""
 
 
-def choose_plan(lines: int, tokens: int, head: int, state: int, itemsize: int, chunk: int) -> Plan:
-    """The plan for `lines` rows times heads, P = `head` and N = `state`, operands of `itemsize` bytes."""
+def choose_plan(
+    lines: int, tokens: int, head: int, state: int, itemsize: int, chunk: int, loaded: int | None = None
+) -> Plan:
+    """The plan for `lines` rows times heads, P = `head` and N = `state`.
+
+    Operands of products have `itemsize` bytes; inputs are `loaded` with as many or more.
+    """
     widest = 64 if max(head, state) <= 64 else 128
     chosen = (FORWARD[widest], STATES[widest], BACKWARD[widest]) if itemsize == 2 else WIDE_ELEMENTS
     forward, states, backward = (tile.cut(chunk, head) for tile in chosen)
     states = replace(states, chunk=backward.chunk)
+    if (loaded or itemsize) > itemsize:  # chunks in flight take twice the shared memory
+        forward, states = (replace(tile, stages=min(2, tile.stages)) for tile in (forward, states))
+        backward = replace(backward, stages=1)
     return Plan(forward, states, backward, choose_segment(lines * (head // forward.width), tokens))
 
 

@@ -67,7 +67,7 @@ class _Scan(torch.autograd.Function):
         scan = Scan.of(x, dt, a, b, c, d, documents, chunk, plan)
         y, last, first = scan_forward(scan, initial_state)
         ctx.save_for_backward(x, dt, a, b, c, d, documents, first)
-        ctx.chunk, ctx.plan = chunk, scan.plan
+        ctx.chunk, ctx.plan, ctx.operands = chunk, scan.plan, scan.operands
         ctx.state_type = None if initial_state is None else initial_state.dtype
         ctx.set_materialize_grads(False)
         return y, last
@@ -82,7 +82,7 @@ class _Scan(torch.autograd.Function):
         x, dt, a, b, c, d, documents, first = ctx.saved_tensors
         if grad_y is None:
             grad_y = x.new_zeros(()).expand(*dt.shape, x.shape[-1])
-        scan = Scan.of(x, dt, a, b, c, d, documents, ctx.chunk, ctx.plan)
+        scan = Scan.of(x, dt, a, b, c, d, documents, ctx.chunk, ctx.plan, ctx.operands)
         grads = scan_backward(scan, first, grad_y, grad_last)
         kinds = (x.dtype, dt.dtype, a.dtype, b.dtype, c.dtype, None if d is None else d.dtype, ctx.state_type)
         wanted = zip(grads, kinds, ctx.needs_input_grad[:7], strict=True)

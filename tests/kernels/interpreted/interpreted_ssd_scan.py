@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_cases import poisoned, randn, relative_error
 from posttrain_kernels.ssd_scan import op, ssd_scan, ssd_scan_reference, ssd_step, ssd_step_reference
+from posttrain_kernels.ssd_scan.launch import product_type
 from posttrain_kernels.ssd_scan.tiles import Plan, Tile
 from posttrain_kernels.ssd_scan.triton_scan import triton_scan
 from ssd_scan_cases import NAMES, documents, inputs, judge
@@ -133,6 +134,13 @@ def test_autocast_changes_nothing_and_unwanted_gradients_are_none():
     assert torch.equal(y, plain) and last.dtype == torch.float32
     y.sum().backward()
     assert tensors[0].grad.isfinite().all() and all(tensor.grad is None for tensor in tensors[1:])
+
+
+def test_operands_are_bf16_where_all_inputs_are():
+    narrow, wide = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    assert product_type(narrow, narrow, narrow) == torch.bfloat16
+    for mixed in ((wide, narrow, narrow), (narrow, wide, narrow), (narrow, narrow, wide), (narrow.half(),) * 3):
+        assert product_type(*mixed) == torch.float32
 
 
 def test_a_second_derivative_is_refused():
