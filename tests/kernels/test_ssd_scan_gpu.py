@@ -210,5 +210,6 @@ def test_captured_steps_follow_a_state(dtype):
         given = (tensor[:, step].double() for tensor in (x, dt))
         after = (tensor[:, step].double() for tensor in (b, c))
         wanted, expected = ssd_step_reference(*given, a.double(), *after, expected, d.double())
-        assert relative_error(y, wanted) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
+        error = relative_error(y, wanted)
+        assert error < (3e-3 if dtype == torch.bfloat16 else 1e-6), error
         assert relative_error(cache, expected) < 1e-6
