@@ -12,7 +12,7 @@ from kernel_cases import relative_error, requires_cuda
 from posttrain_kernels.ssd_scan import ssd_scan, ssd_step, ssd_step_reference
 from posttrain_kernels.ssd_scan.tiles import Plan, Tile, candidates, choose_plan
 from posttrain_kernels.ssd_scan.torch_scan import chunked_scan
-from posttrain_kernels.ssd_scan.triton_scan import triton_scan
+from posttrain_kernels.ssd_scan.triton_scan import ASKED, triton_scan
 from ssd_scan_cases import documents, inputs, judge
 from torch import Tensor
 
@@ -21,6 +21,11 @@ pytestmark = [pytest.mark.gpu, requires_cuda]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Of operands, accumulated in fp32; a's gradient, a sum that may all but cancel, has five times as much."""
 LAYOUTS = [(8, 8, 8), (2, 2, 8), (8, 1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _triton_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ASKED, "triton")
 
 
 def on_gpu(tensors: list[Tensor]) -> list[Tensor]:
