@@ -25,7 +25,7 @@ def asked() -> bool:
 def supports_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor | None
 ) -> bool:
-    """Whether the kernels run this: CUDA (where `asked`) or interpreted, widths of 16 to 128 in powers of two, no fp64, some rows."""
+    """Whether the kernels run this: `asked`, widths of 16 to 128 in powers of two, no fp64, some rows."""
     tensors = [tensor for tensor in (x, dt, a, b, c, d, state) if tensor is not None]
     fits = x.shape[-1] in WIDTHS and b.shape[-1] in WIDTHS and x.shape[0] > 0
     return fits and all(tensor.dtype in TYPES for tensor in tensors) and asked() and use_triton(*tensors)
