@@ -226,11 +226,18 @@ def plain_attention(arch: Mapping[str, Any]) -> dict[str, Any]:
     return {**arch, "mixers": ["full_attention"] * arch["num_hidden_layers"]}
 
 
-def cache_ratios_at(arch: Mapping[str, Any], element_size: int = 2) -> tuple[float, dict[int, float]]:
-    """Cache relative to plain attention's: without constant states, and with them by length, `LENGTHS`."""
+def cache_ratios_at(arch: Mapping[str, Any], element_size: int = 2) -> dict[str, Any]:
+    """Cache relative to plain attention's, as plans and evaluations record it.
+
+    `cache_ratio_without_states` is one number, `cache_ratio_with_states` one for each of `LENGTHS`, whose names are
+    strings as in JSON.
+    """
     baseline = plain_attention(arch)
-    with_states = {length: cache_ratios(arch, baseline, length, element_size)[1] for length in LENGTHS}
-    return cache_ratios(arch, baseline, 1, element_size)[0], with_states
+    at = {length: cache_ratios(arch, baseline, length, element_size) for length in LENGTHS}
+    return {
+        "cache_ratio_without_states": at[LENGTHS[0]][0],
+        "cache_ratio_with_states": {str(length): honest for length, (_, honest) in at.items()},
+    }
 
 
 def _full_parameters(arch: Mapping[str, Any]) -> int:

@@ -17,20 +17,28 @@ def with_states(
     made = _architecture(outputs) or (_architecture(inputs) if estimate.cache_bytes_per_token is not None else None)
     if made is None or not (constant := cache_state_bytes(made)):
         return estimate
+    ratios = cache_ratios_at(made)
+    estimate = replace(estimate, cache_state_bytes=constant, **ratios)
     before = [one.architecture for one in inputs.values() if one.architecture is not None]
-    if any(other.get("mixers") == made.get("mixers") for other in before):
-        return replace(estimate, cache_state_bytes=constant)
-    return replace(estimate, cache_state_bytes=constant, notes=(*estimate.notes, _note(made, constant)))
+    if any(_figures(other) == _figures(made) for other in before):
+        return estimate
+    note = f"cache: {cache_bytes_per_token(made):,} B a token and {constant:,} B a sequence, {ratios_text(ratios)}"
+    return replace(estimate, notes=(*estimate.notes, note))
+
+
+def ratios_text(figures: Mapping[str, Any]) -> str:
+    """Both ratios of an estimate or of an evaluation's result."""
+    lengths = figures["cache_ratio_with_states"].items()
+    honest = ", ".join(f"{ratio:.1%} at {int(length) // 1024}k" for length, ratio in lengths)
+    return (
+        f"states in fp32: {figures['cache_ratio_without_states']:.2%} of plain attention's without the states "
+        f"(what papers print); with them {honest} tokens"
+    )
 
 
 def _architecture(metas: Mapping[str, ArtifactMeta]) -> dict[str, Any] | None:
     return next((one.architecture for one in metas.values() if one.architecture is not None), None)
 
 
-def _note(arch: Mapping[str, Any], constant: int) -> str:
-    without, with_states = cache_ratios_at(arch)
-    lengths = ", ".join(f"{ratio:.1%} at {length // 1024}k" for length, ratio in with_states.items())
-    return (
-        f"cache: {cache_bytes_per_token(arch):,} B a token and {constant / 1e6:.2f} MB a sequence, states in fp32: "
-        f"{without:.2%} of plain attention's without the states (what papers print); with them {lengths} tokens"
-    )
+def _figures(arch: Mapping[str, Any]) -> tuple[int, int]:
+    return cache_bytes_per_token(arch), cache_state_bytes(arch)

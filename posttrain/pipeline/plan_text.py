@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from posttrain.pipeline.plan import Plan, StagePlan
+    from posttrain.pipeline.stage import Estimate
 
 CACHE = "cache/token (bf16)"
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
@@ -85,10 +86,18 @@ def _row(planned: StagePlan) -> tuple[str, ...]:
         big_number(estimate.trainable),
         big_number(estimate.tokens),
         size(sum(estimate.memory.values()) if estimate.memory else None),
-        f"{estimate.cache_bytes_per_token:,} B" if estimate.cache_bytes_per_token is not None else "-",
+        _cache(estimate),
         size(estimate.disk_bytes),
         "; ".join(planned.reasons),
     )
+
+
+def _cache(estimate: Estimate) -> str:
+    """The growth per token, and beside it what a sequence holds whatever its length."""
+    if estimate.cache_bytes_per_token is None:
+        return "-"
+    states = f" + {size(estimate.cache_state_bytes)}/seq" if estimate.cache_state_bytes else ""
+    return f"{estimate.cache_bytes_per_token:,} B{states}"
 
 
 def _terms(planned: StagePlan) -> str:

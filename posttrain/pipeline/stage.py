@@ -99,7 +99,9 @@ class Estimate:
         cache_bytes_per_token: KV-cache growth per token of the model the stage produces or evaluates, at 2 bytes an
             element (bf16) whatever precision the stage works in, so that a plan's stages can be compared.
         cache_state_bytes: what a sequence's cache holds besides, whatever its length: recurrent states in 4 bytes an
-            element, columns of convolutions in 2. The plan fills it in.
+            element, columns of convolutions in 2. None without states. The plan fills it in, and the ratios.
+        cache_ratio_without_states, cache_ratio_with_states: of a model with states, that cache relative to plain
+            attention of the same shape: its growing part alone, and all of it by length in tokens.
         disk_bytes: what the stage leaves in the store.
         notes: short sentences shown in the plan (e.g. the real ratio after rounding a rank).
     """
@@ -111,6 +113,8 @@ class Estimate:
     memory: dict[str, int] = field(default_factory=dict)
     cache_bytes_per_token: int | None = None
     cache_state_bytes: int | None = None
+    cache_ratio_without_states: float | None = None
+    cache_ratio_with_states: dict[str, float] | None = None
     disk_bytes: int | None = None
     notes: tuple[str, ...] = ()
 

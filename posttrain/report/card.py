@@ -29,11 +29,17 @@ MEASURED = (
     "kl_high",
     "top1_agreement",
     "kv_bytes_per_token_measured",
+    "kv_constant_bytes",
+    "kv_constant_bytes_predicted",
+    "cache_ratio_without_states",
+    "cache_ratio_with_states",
     "parameters",
     "pass@1",
     "pass@1_low",
     "pass@1_high",
 )
+STATES = ("cache_state_bytes", "cache_ratio_without_states", "cache_ratio_with_states")
+"""What the estimate of a model with constant states says of its cache."""
 CONDITIONS = ("data_sha256", "documents", "tokens", "window_tokens", "precision")
 
 
@@ -103,7 +109,7 @@ def _artifact(stage: StageRecord, output: str) -> Json:
         "dtype": extra.get("dtype"),
         "parameters": (manifest.get("estimate") or {}).get("parameters"),
         "cache_bytes_per_token_bf16": (manifest.get("estimate") or {}).get("cache_bytes_per_token"),
-        "cache_state_bytes": (manifest.get("estimate") or {}).get("cache_state_bytes"),
+        **{name: (manifest.get("estimate") or {}).get(name) for name in STATES},
         "tokenizer_sha256": meta.get("tokenizer"),
         "chat_template_sha256": meta.get("chat_template"),
         "files": made.get("files") or {},

@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.report import markdown
 from posttrain.report.blocks import Block, Bullets, Code, Heading, Notice, Table, Text
+from posttrain.report.caches import measured_states, planned_states
 from posttrain.report.numbers import NONE, byte_size, duration, percent, significant, whole, with_interval
 from posttrain.report.read import Json
 
@@ -112,8 +113,8 @@ def _head(card: Json) -> Iterator[Block]:
         [
             f"Architecture: {_known(artifact['model_type'])}, stored in {_known(artifact['dtype'])}",
             f"Parameters: {_count(artifact['parameters'])} (by formula)",
-            f"KV cache: {_count(artifact['cache_bytes_per_token_bf16'])} bytes per token in bf16{_states(artifact)} "
-            "(by formula)",
+            f"KV cache: {_count(artifact['cache_bytes_per_token_bf16'])} bytes per token in bf16"
+            f"{planned_states(artifact)} (by formula)",
             f"Licence of the model it was made from: {_licences(card)}",
         ]
     )
@@ -198,6 +199,7 @@ def _evaluation(card: Json) -> Iterator[Block]:
             f"windows of at most {_count(at['window_tokens'])}, {_known(at['precision'])}, data SHA-256 "
             f"{_known(at['data_sha256'])}"
         )
+        notes += measured_states(one["stage"], one["model"])
         if one["source"] is None:
             notes.append(f"{one['stage']} had no baseline: how it compares with the model it started from is unknown")
     header = [
@@ -433,9 +435,3 @@ def _files(card: Json) -> Iterator[Block]:
             for name, one in sorted(files.items())
         ]
         yield Table(["file", "size", "SHA-256"], rows)
-
-
-def _states(artifact: Json) -> str:
-    """Constant states beside the growing cache, where the model has some."""
-    constant = artifact.get("cache_state_bytes")
-    return f" and {_count(constant)} bytes per sequence, states in fp32" if constant else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.report import card, card_text, cards, facts, plots
 from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Node, Notice, Sample, Table, Text
-from posttrain.report.caches import caches
+from posttrain.report.caches import beside_growth, caches
 from posttrain.report.facts import Row
 from posttrain.report.gates import gates
 from posttrain.report.layers import by_layer
@@ -94,13 +94,18 @@ def _headline(run: RunRecord) -> str:
     if before and after:
         sentences.append(
             f"KV cache per token in {last.values.get('precision')}: {whole(before)} B to {whole(after)} B "
-            f"({percent(after / before)}), {_agreement(rows)}."
+            f"({percent(after / before)}), {_agreement(rows)}.{beside_growth(last.values)}"
         )
     return " ".join(sentences)
 
 
 def _agreement(rows: list[Row]) -> str:
     pairs = [(r.values.get("kv_bytes_per_token_predicted"), r.values.get("kv_bytes_per_token_measured")) for r in rows]
+    pairs += [
+        (r.values["kv_constant_bytes_predicted"], r.values.get("kv_constant_bytes"))
+        for r in rows
+        if "kv_constant_bytes_predicted" in r.values
+    ]
     if all(predicted == measured for predicted, measured in pairs):
         return "measured on the live cache and equal to the prediction to the byte"
     if any(predicted is None for predicted, _ in pairs):

@@ -45,8 +45,7 @@ def evaluate(ctx: StageContext) -> Path:
 
     settings = {"precision": cfg.precision, "window_tokens": window, "data_sha256": _sha256(data / "rows.jsonl")}
     figures = summarise(sums, sum(document.text_bytes for document in documents), cfg.bootstrap_samples, ctx.seed)
-    for name, model in models.items():
-        figures |= _prefixed(name, _sizes(model, cfg.precision))
+    figures |= _sizes(models, cfg.precision)
     boundary = _boundary(ctx, len(documents))
     problems = None if cfg.problems is None else measure_problems(models, tokenizer, read_rows(data), limit, ctx)
     figures |= {} if problems is None else problems.figures()
@@ -109,31 +108,41 @@ def _boundary(ctx: StageContext, done: int) -> Callable[[], None]:
     return stop_if_asked
 
 
-def _sizes(model: Any, precision: str) -> dict[str, Any]:
+def _sizes(models: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Parameters and cache of every model; ratios to plain attention where one of them has constant states."""
+    figures = {name: _size(model, precision) for name, model in models.items()}
+    states = any(one["kv_constant_bytes"] or one.get("kv_constant_bytes_predicted") for one in figures.values())
+    found: dict[str, Any] = {}
+    for name, one in figures.items():
+        found |= _prefixed(name, one if states else {key: one[key] for key in one if key not in STATES})
+    return found
+
+
+STATES = ("kv_constant_bytes_predicted", "cache_ratio_without_states", "cache_ratio_with_states")
+"""Figures that say something only beside a model with constant states."""
+
+
+def _size(model: Any, precision: str) -> dict[str, Any]:
     from posttrain.models.architecture import cache_bytes_per_token, cache_ratios_at, cache_state_bytes, normalise
 
+    size = ELEMENT_SIZE[precision]
     per_token, constant = measure.cache_bytes(model)
-    size, states = ELEMENT_SIZE[precision], {}
-    try:
-        arch = normalise(model.config.to_dict())
-        predicted = cache_bytes_per_token(arch, size)
-    except PosttrainError:
-        # A family without a formula is still measured; its table cell stays empty.
-        predicted = None
-    else:
-        if constant or cache_state_bytes(arch):
-            without, lengths = cache_ratios_at(arch, size)
-            states = {
-                "kv_constant_bytes_predicted": cache_state_bytes(arch, size),
-                "cache_ratio_without_states": without,
-                "cache_ratio_with_states": {str(length): ratio for length, ratio in lengths.items()},
-            }
-    return {
+    figures = {
         "parameters": measure.parameter_count(model),
-        "kv_bytes_per_token_predicted": predicted,
+        "kv_bytes_per_token_predicted": None,
         "kv_bytes_per_token_measured": per_token,
         "kv_constant_bytes": constant,
-        **states,
+    }
+    try:
+        arch = normalise(model.config.to_dict())
+    except PosttrainError:
+        # A family without a formula is still measured; its table cell stays empty.
+        return figures
+    return {
+        **figures,
+        "kv_bytes_per_token_predicted": cache_bytes_per_token(arch, size),
+        "kv_constant_bytes_predicted": cache_state_bytes(arch, size),
+        **cache_ratios_at(arch, size),
     }
 
 

@@ -98,7 +98,6 @@ def test_cache_bytes_measured_equal_predicted(family: str, precision: str, folde
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_constant_states_are_measured_and_both_ratios_told(precision: str, folders, tmp_path: Path) -> None:
     from posttrain.methods.hybrid_ssm import hybridize
-    from posttrain.models.architecture import cache_bytes, normalise, plain_attention
     from posttrain.models.loading import load_model, load_tokenizer
     from posttrain.models.loading import save_model as save
 
@@ -112,12 +111,20 @@ def test_constant_states_are_measured_and_both_ratios_told(precision: str, folde
     assert result["kv_constant_bytes"] == result["kv_constant_bytes_predicted"] == 4 * 16**2 * 4 + 4 * 8 * 16 * size
     assert result["kv_bytes_per_token_measured"] == result["kv_bytes_per_token_predicted"] == 2 * 2 * 16 * size
     assert result["cache_ratio_without_states"] == 0.5
-    arch = normalise(hybrid.config.to_dict())
     for length, ratio in result["cache_ratio_with_states"].items():
-        whole = cache_bytes(plain_attention(arch), int(length), size)
-        assert ratio == pytest.approx(cache_bytes(arch, int(length), size) / whole) and ratio > 0.5
+        plain = 2 * 2 * 2 * 16 * size * int(length)  # two layers, keys and values of 2 heads of 16
+        assert ratio == pytest.approx(0.5 + result["kv_constant_bytes"] / plain, rel=1e-12)
     assert list(result["cache_ratio_with_states"]) == ["2048", "8192", "32768", "131072"]
-    assert "baseline_cache_ratio_without_states" not in result
+    assert result["baseline_kv_constant_bytes"] == result["baseline_kv_constant_bytes_predicted"] == 0
+    assert result["baseline_cache_ratio_without_states"] == 1
+    assert set(result["baseline_cache_ratio_with_states"].values()) == {1}
+    metrics = json.loads((tmp_path / "work" / "outputs" / "evaluation" / "metrics.json").read_text())
+    assert metrics["cache_ratio_with_states"] == result["cache_ratio_with_states"]
+
+
+def test_models_without_states_have_no_ratios(folders, tmp_path: Path) -> None:
+    result = run(tmp_path, config(max_windows=1), **folders)
+    assert not [name for name in result if "states" in name or name.endswith("kv_constant_bytes_predicted")]
 
 
 def test_a_second_run_and_a_resumed_one_are_bit_equal(folders, tmp_path: Path) -> None:
