@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config import registry
 from posttrain.errors import Problem, RecipeError
-from posttrain.pipeline.cache_note import with_states
 from posttrain.pipeline.device import computes_on_host, planning_for
 from posttrain.pipeline.fingerprint import digest, explain, key_document, key_of
 from posttrain.pipeline.graph import Graph, in_section, section_of
@@ -18,6 +17,7 @@ from posttrain.pipeline.lock import held
 from posttrain.pipeline.run_dir import RunDir, list_runs
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, Stage, StageConfig
 from posttrain.pipeline.store import Artifact, Store, damage
+from posttrain.report.cache_note import with_states
 
 if TYPE_CHECKING:
     from posttrain.config.recipe import ResolvedRecipe

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from posttrain.pipeline.cache_note import ratios_text
 from posttrain.report import facts
 from posttrain.report.blocks import Block, Heading, Table, Text
+from posttrain.report.cache_note import ratios_text
 from posttrain.report.numbers import NONE, percent, whole
 from posttrain.report.read import Json, RunRecord
 

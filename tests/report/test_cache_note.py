@@ -12,10 +12,10 @@ from posttrain.config import load_recipe
 from posttrain.methods.hybrid_ssm import hybridize
 from posttrain.models.architecture import LENGTHS
 from posttrain.models.tiny import tiny_tokenizer
-from posttrain.pipeline.cache_note import with_states
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.plan_text import render
 from posttrain.pipeline.stage import Estimate
+from posttrain.report.cache_note import with_states
 
 RELEASED = [
     # model, kept layers, rank, rotary width, B/token, B/sequence, without states, with them at 2k/8k/32k/128k
@@ -76,13 +76,14 @@ def test_the_note_stands_where_the_cache_changes_and_the_bytes_everywhere_after(
     assert " 128 B  " in rows["latent"] and "/seq" not in rows["latent"]
 
 
-def test_the_folder_of_a_hybrid_is_noted_where_it_comes_in(tmp_path) -> None:
+def test_the_folder_of_a_hybrid_is_noted_where_it_comes_in(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     hybridize(make_source("llama"), ["mamba2", "full_attention"]).save_pretrained(tmp_path / "hybrid")
     tiny_tokenizer().save_pretrained(tmp_path / "hybrid")
     recipe = "defaults: [base, {model: smollm2_135m}, {data: demo_text}, {stage@stages.evaluate: evaluate}, _self_]\n"
     recipe += "stages: {evaluate: {inputs: {model: model, data: data.heldout}}}\n"
     (tmp_path / "mine.yaml").write_text(recipe)
-    words = ["model.path=./hybrid", f"paths.outputs={tmp_path / 'outputs'}"]
+    words = [f"model.path={tmp_path / 'hybrid'}", f"paths.outputs={tmp_path / 'outputs'}"]
     found = make_plan(load_recipe("./mine.yaml", words, cwd=tmp_path))
     notes = [line for line in render(found).splitlines() if "cache:" in line]
     assert notes == [
