@@ -91,7 +91,8 @@ def _headline(run: RunRecord) -> str:
             f"{recovery.row.label} ({percent(recovery.nll)} in log-likelihood)."
         )
     before, after = (row.values.get("kv_bytes_per_token_measured") for row in (first, last))
-    if before and after:
+    # Evaluations may differ in precision, and with it in what an element takes.
+    if before and after and first.values.get("precision") == last.values.get("precision"):
         sentences.append(
             f"KV cache per token in {last.values.get('precision')}: {whole(before)} B to {whole(after)} B "
             f"({percent(after / before)}), {_agreement(rows)}.{beside_growth(last.values)}"

@@ -64,3 +64,19 @@ def test_the_hosts_memory_is_not_compared_with_a_devices() -> None:
 def test_labels_of_axes_are_broken_at_words() -> None:
     assert short_label("after distill") == "after distill"
     assert short_label("after a_very_long_stage_name").count("\n") >= 1
+
+
+def test_the_headline_compares_caches_of_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.report import content, facts
+    from posttrain.report.facts import Row
+
+    def row(label: str, precision: str, cache: int) -> Row:
+        values = {"perplexity": 20.0, "nll": 3.0, "precision": precision, "kv_bytes_per_token_measured": cache}
+        return Row(label, "evaluate", {**values, "kv_bytes_per_token_predicted": cache}, {})
+
+    rows = [row("source", "fp32", 512), row("after distill", "fp32", 128)]
+    monkeypatch.setattr(facts, "rows", lambda run: rows)
+    monkeypatch.setattr(facts, "recoveries", lambda run: [])
+    assert "KV cache per token in fp32: 512 B to 128 B (25.0 %)" in content._headline(None)
+    rows[1] = row("after distill", "bf16", 64)
+    assert "KV cache" not in content._headline(None)
