@@ -9,7 +9,8 @@ import pytest
 from fabricated_run import DISTILLED, LABEL, FabricatedRun, dataset_outputs, evaluation_artifact, model_output
 
 from posttrain.methods.evaluation.config import ProblemSettings
-from posttrain.methods.evaluation.pass_at_k import NO_DIFFERENCE, pass_figures
+from posttrain.methods.evaluation.intervals import NO_DIFFERENCE
+from posttrain.methods.evaluation.pass_at_k import pass_figures
 from posttrain.report import card
 from posttrain.report.blocks import Bullets, Figure, Heading, Sample, Table
 from posttrain.report.card_text import render

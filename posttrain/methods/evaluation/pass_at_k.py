@@ -12,15 +12,9 @@ not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from posttrain.methods.evaluation.metrics import bootstrap_interval
-
-Json = dict[str, Any]
-
-NO_DIFFERENCE = "no difference detected"
-TOO_FEW = "too few problems for an interval"
+from posttrain.methods.evaluation.intervals import Json, mean_intervals, verdict
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -49,7 +43,7 @@ def pass_figures(
     estimates = {
         name: {k: [pass_at_k(n, count, k) for count in counts] for k in ks} for name, counts in correct.items()
     }
-    interval = _intervals(bootstrap_samples, seed)
+    interval = mean_intervals(bootstrap_samples, seed)
     for name, by_k in estimates.items():
         found[name] = {key: value for k in ks for key, value in interval(f"pass@{k}", by_k[k]).items()}
     if len(estimates) < 2:
@@ -59,23 +53,5 @@ def pass_figures(
     for k in ks:
         values = [one - other for one, other in zip(first[k], second[k], strict=True)]
         bounded = interval(f"pass@{k}", values)
-        difference |= {**bounded, f"pass@{k}_verdict": _verdict(bounded, f"pass@{k}")}
+        difference |= {**bounded, f"pass@{k}_verdict": verdict(bounded, f"pass@{k}")}
     return {**found, "difference": difference}
-
-
-def _intervals(samples: int, seed: int) -> Callable[[str, Sequence[float]], Json]:
-    def interval(name: str, values: Sequence[float]) -> Json:
-        mean = math.fsum(values) / len(values)
-        bounds = bootstrap_interval(values, [1] * len(values), samples, seed)
-        return {name: mean} | ({} if bounds is None else {f"{name}_low": bounds[0], f"{name}_high": bounds[1]})
-
-    return interval
-
-
-def _verdict(difference: Json, name: str) -> str:
-    low, high = difference.get(f"{name}_low"), difference.get(f"{name}_high")
-    if low is None or high is None:
-        return TOO_FEW
-    if low <= 0 <= high:
-        return NO_DIFFERENCE
-    return "better" if low > 0 else "worse"

@@ -19,7 +19,8 @@ from posttrain.generation import DecodeEngine
 from posttrain.methods.evaluation import answers as answers_module
 from posttrain.methods.evaluation.answers import Answers, Problem
 from posttrain.methods.evaluation.config import EvaluateConfig, ProblemSettings
-from posttrain.methods.evaluation.pass_at_k import NO_DIFFERENCE, pass_at_k
+from posttrain.methods.evaluation.intervals import NO_DIFFERENCE
+from posttrain.methods.evaluation.pass_at_k import pass_at_k
 from posttrain.methods.evaluation.problems import Measured, find_problems
 from posttrain.methods.evaluation.stage import Evaluate
 from posttrain.models.tiny import tiny_tokenizer

@@ -9,7 +9,8 @@ from fractions import Fraction
 
 import pytest
 
-from posttrain.methods.evaluation.pass_at_k import NO_DIFFERENCE, TOO_FEW, pass_at_k, pass_figures
+from posttrain.methods.evaluation.intervals import NO_DIFFERENCE, TOO_FEW
+from posttrain.methods.evaluation.pass_at_k import pass_at_k, pass_figures
 
 
 def exact(n: int, correct: int, k: int) -> Fraction:
