@@ -82,6 +82,62 @@ class ProblemSettings(BaseModel):
         return {**self.model_dump(mode="json"), "pool": self.pool.key_fields()}
 
 
+class NeedleSettings(BaseModel):
+    """A sentence with a key hidden in long text, and how surely it is found again: retrieval from long contexts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    lengths: tuple[int, ...] = Field(
+        (2048, 8192),
+        min_length=1,
+        description="Lengths in tokens, each of a whole prompt with the room for its answer (`max_new_tokens`); at "
+        "most the model's max_position_embeddings.",
+    )
+    depths: int = Field(
+        5,
+        ge=1,
+        description="Places of the sentence, evenly spaced from beginning (0) to end (1); one: the middle.",
+    )
+    samples: int = Field(4, ge=1, description="Prompts of each length and depth, each with a key and text of its own.")
+    key: Literal["number", "phrase", "code"] = Field(
+        "number", description="What is hidden: 7 digits, an adjective with a noun, or 8 letters and digits."
+    )
+    candidates: int = Field(
+        16, ge=2, le=256, description="Keys among which the right one must be the most likely; chance is one of them."
+    )
+    max_new_tokens: int = Field(24, ge=1, description="Longest greedy answer, tokens; a key must fit into it.")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Of keys, names and where the text begins; not the run's, so that runs share prompts.",
+    )
+
+    @field_validator("lengths")
+    @classmethod
+    def _ascend(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _a_prompt_has_room(self) -> Self:
+        if self.lengths[0] <= self.max_new_tokens:
+            raise ValueError(f"a length of {self.lengths[0]} tokens has no room beside {self.max_new_tokens} new ones")
+        return self
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of one length."""
+        return self.depths * self.samples
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return self.prompts * sum(length - self.max_new_tokens for length in self.lengths)
+
+    def places(self) -> tuple[float, ...]:
+        """The depths, as shares of the text."""
+        return (0.5,) if self.depths == 1 else tuple(index / (self.depths - 1) for index in range(self.depths))
+
+
 class EvaluateConfig(StageConfig):
     """Held-out perplexity, agreement with a baseline, cache bytes, speed and sample texts of one model."""
 
@@ -125,9 +181,14 @@ class EvaluateConfig(StageConfig):
     problems: ProblemSettings | None = Field(
         None, description="Answers to the problems of the data set are sampled and scored (pass@k); null = none."
     )
+    needle: NeedleSettings | None = Field(
+        None, description="A key hidden in long text of the data set is asked for; {} = the default sizes, null = none."
+    )
 
     def key_fields(self) -> dict[str, Any]:
-        """Without `problems` the key is what it was before there were any."""
+        """Without `problems` and `needle` the key is what it was before there were any."""
         fields = super().key_fields()
-        fields.pop("problems")
+        for section in ("problems", "needle"):
+            if fields[section] is None:
+                fields.pop(section)
         return fields if self.problems is None else {**fields, "problems": self.problems.key_fields()}

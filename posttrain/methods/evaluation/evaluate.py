@@ -14,6 +14,7 @@ from posttrain.data.reading import encode_documents, read_rows
 from posttrain.errors import PosttrainError, fail
 from posttrain.methods.evaluation import measure
 from posttrain.methods.evaluation.metrics import Sums, perplexity, summarise
+from posttrain.methods.evaluation.needle import measure_needle
 from posttrain.methods.evaluation.problems import measure_problems
 from posttrain.methods.evaluation.samples import greedy_answers
 from posttrain.methods.evaluation.scoring import Document, Logits, PartialResults, make_documents, score_document
@@ -49,6 +50,8 @@ def evaluate(ctx: StageContext) -> Path:
     boundary = _boundary(ctx, len(documents))
     problems = None if cfg.problems is None else measure_problems(models, tokenizer, read_rows(data), limit, ctx)
     figures |= {} if problems is None else problems.figures()
+    needle = None if cfg.needle is None else measure_needle(models, tokenizer, read_rows(data), limit, ctx)
+    figures |= {} if needle is None else needle.figures()
     answers = {}
     for name, model in models.items():
         boundary()
@@ -67,6 +70,8 @@ def evaluate(ctx: StageContext) -> Path:
     write_json(folder / "samples.json", samples)
     if problems is not None:
         problems.write(folder)
+    if needle is not None:
+        needle.write(folder)
     ctx.record_result(**settings, **figures)
     return folder
 

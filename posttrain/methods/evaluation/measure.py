@@ -157,8 +157,7 @@ class _ByModel:
         self.model, self.decode_tokens = model, decode_tokens
         self.device = model.get_input_embeddings().weight.device
         self.ids = _random_ids(model, batch, prefill_tokens).to(self.device)
-        keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.options = {"logits_to_keep": 1} if keeps_last else {}
+        self.options = last_logits_alone(model)
 
     @torch.inference_mode()
     def __call__(self) -> tuple[float, float, int]:
@@ -173,6 +172,11 @@ class _ByModel:
         decoded = _now(self.device)
         peak = _allocated_beyond(self.device, before, _weight_bytes(self.model))
         return prefilled - started, decoded - prefilled, peak
+
+
+def last_logits_alone(model: Any, rows: int = 1) -> dict[str, int]:
+    """Arguments of the model's forward that ask for the last `rows` logits, where it can be asked."""
+    return {"logits_to_keep": rows} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _random_ids(model: Any, batch: int, tokens: int) -> torch.Tensor:

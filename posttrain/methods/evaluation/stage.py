@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import Problem, RecipeError
-from posttrain.methods.evaluation.config import EvaluateConfig, ProblemSettings
+from posttrain.methods.evaluation.config import EvaluateConfig, NeedleSettings, ProblemSettings
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage, StageConfig
 
@@ -20,7 +20,7 @@ PROMPT_TOKENS = 256
 
 
 class Evaluate(Stage):
-    """Perplexity, KL and top-1 agreement with the baseline, cache bytes, speed, samples and pass@k of a model."""
+    """Perplexity, KL and top-1 agreement with the baseline, cache bytes, speed, samples, pass@k, retrieval."""
 
     type: ClassVar[str] = "evaluate"
     version: ClassVar[str] = "2"
@@ -47,6 +47,8 @@ class Evaluate(Stage):
         problems = _data_problems(inputs["data"])
         if cfg.problems is not None:
             problems += _unscorable(cfg.problems, inputs["data"])
+        if cfg.needle is not None:
+            problems += _too_long(cfg.needle, inputs)
         if baseline := inputs.get("baseline"):
             problems += _baseline_problems(inputs["model"], baseline)
         if problems:
@@ -64,10 +66,11 @@ class Evaluate(Stage):
         rows = inputs["data"].rows
         documents = cfg.max_documents if rows is None else min(cfg.max_documents, rows)
         answers = 0 if cfg.problems is None else _answer_tokens(cfg.problems, rows)
+        needle = 0 if cfg.needle is None else cfg.needle.prompt_tokens
         notes = [f"windows of {window} tokens: the model's max_position_embeddings"] if window < cfg.max_tokens else []
         return Estimate(
             parameters=parameter_count(architectures[0]),
-            tokens=(documents * window * cfg.max_windows + answers) * len(architectures),
+            tokens=(documents * window * cfg.max_windows + answers + needle) * len(architectures),
             memory=_memory(cfg, architectures, window),
             cache_bytes_per_token=cache_bytes_per_token(architectures[0]),
             notes=tuple(notes),
@@ -105,7 +108,8 @@ def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: in
             for layer in range(arch["num_hidden_layers"])
         )
     arch = architectures[0]
-    rows = max(window, cfg.batch_size * cfg.prefill_tokens)
+    longest = 0 if cfg.needle is None else cfg.needle.lengths[-1]
+    rows = max(window, cfg.batch_size * cfg.prefill_tokens, longest)
     # A layer at once: the residual stream, its norm, and the three MLP intermediates.
     memory["activations"] = rows * size * (4 * arch["hidden_size"] + 3 * arch["intermediate_size"])
     # Logits, log-probabilities of both models and their product, fp32.
@@ -117,6 +121,8 @@ def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: in
         sequences = max(sequences, cfg.problems.batch_rows)
         # Logits of a step in the model's precision, and their weights in fp32.
         memory["sampling"] = cfg.problems.batch_rows * arch["vocab_size"] * (size + 4)
+    # Of a prompt and of what goes on from it; a layer grows by being copied.
+    slots, sequences = max(slots, 2 * longest), max(sequences, 2 if longest else 0)
     memory["cache"] = slots * per_token + sequences * max(cache_state_bytes(item, size) for item in architectures)
     return memory
 
@@ -142,6 +148,23 @@ def _unscorable(cfg: ProblemSettings, data: ArtifactMeta) -> list[Problem]:
             where="problems of an evaluate stage",
             fix="inputs.data: a data set with right answers (data=reasoning_gym_rl, data=math), another "
             "problems.reward, or problems=null",
+        )
+    ]
+
+
+def _too_long(cfg: NeedleSettings, inputs: Mapping[str, ArtifactMeta]) -> list[Problem]:
+    """Prompts that some model has no positions for."""
+    metas = (inputs.get("model"), inputs.get("baseline"))
+    limit = position_limit(meta.architecture for meta in metas if meta and meta.architecture)
+    if cfg.lengths[-1] <= limit:
+        return []
+    fitting = [length for length in cfg.lengths if length <= limit] or [int(limit)]
+    return [
+        Problem(
+            f"a prompt of {cfg.lengths[-1]} tokens exceeds the {limit:.0f} positions (max_position_embeddings) of the "
+            "model or its baseline",
+            where="needle.lengths",
+            fix=f"needle.lengths={str(fitting).replace(' ', '')}, or a model whose max_position_embeddings is larger",
         )
     ]
 
