@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
 
-from posttrain.report import facts
+from posttrain.report import facts, needle
 from posttrain.report.lineage import GONE, ancestors, main_line
 from posttrain.report.read import Json, RunRecord, StageRecord
 
@@ -277,7 +277,7 @@ def _evaluations(run: RunRecord, stage: StageRecord, output: str) -> list[Json]:
         model = one.inputs.get("model") or {}
         if not any(one.outputs("evaluation")) or (model.get("key"), model.get("output")) != (stage.key, output):
             continue
-        baseline = one.inputs.get("baseline")
+        baseline, hidden = one.inputs.get("baseline"), one.result.get("needle")
         measured = {name: one.result[name] for name in MEASURED if name in one.result}
         source = {name: one.result[f"baseline_{name}"] for name in MEASURED if f"baseline_{name}" in one.result}
         found.append(
@@ -290,6 +290,7 @@ def _evaluations(run: RunRecord, stage: StageRecord, output: str) -> list[Json]:
                 "baseline": facts.model_label(run, baseline["stage"]) if baseline and source else None,
                 "model": measured,
                 "source": source or None,
+                "needle": needle.summary(one.result) if isinstance(hidden, dict) else None,
             }
         )
     return found

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from posttrain.report import markdown
+from posttrain.report import markdown, needle
 from posttrain.report.blocks import Block, Bullets, Code, Heading, Notice, Table, Text
 from posttrain.report.caches import measured_states, planned_states
 from posttrain.report.numbers import NONE, byte_size, duration, percent, significant, whole, with_interval
@@ -202,6 +202,8 @@ def _evaluation(card: Json) -> Iterator[Block]:
         notes += measured_states(one["stage"], one["model"])
         if one["source"] is None:
             notes.append(f"{one['stage']} had no baseline: how it compares with the model it started from is unknown")
+        if one["needle"]:
+            notes += [f"{one['stage']}: {line}" for line in needle.sentences(one["needle"], one["baseline"])]
     header = [
         "model",
         "perplexity (95 %)",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LOWER = ("perplexity", "nll", "loss", "kl", "bytes", "seconds")
-HIGHER = ("accuracy", "margin", "pass@", "score")
+HIGHER = ("accuracy", "margin", "pass@", "score", "needle_")
 """Words of a metric's name that say which direction is the better one; without one, no best value is marked."""
 MOST_CURVES = 12
 MOST_DIFFERENCES = 24
@@ -90,7 +90,9 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, float]]:
         result = stage.result
         if "perplexity" in result:
             tries = ((result.get("problems") or {}).get("settings") or {}).get("k") or []
-            for name in ("perplexity", "kv_bytes_per_token_measured", *(f"pass@{k}" for k in tries)):
+            lengths = ((result.get("needle") or {}).get("settings") or {}).get("lengths") or []
+            hidden = [f"needle_{name}@{length}" for length in lengths for name in ("choice", "logprob")]
+            for name in ("perplexity", "kv_bytes_per_token_measured", *(f"pass@{k}" for k in tries), *hidden):
                 if isinstance(result.get(name), int | float):
                     yield f"{stage.name}: {name}", result[name]
             continue

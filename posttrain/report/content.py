@@ -14,6 +14,7 @@ from posttrain.report.facts import Row
 from posttrain.report.gates import gates
 from posttrain.report.layers import by_layer
 from posttrain.report.limits import limits
+from posttrain.report.needle import needles
 from posttrain.report.numbers import NONE, byte_size, duration, percent, significant, whole, with_interval
 from posttrain.report.problems import problems
 from posttrain.report.read import RunRecord, StageRecord
@@ -30,6 +31,7 @@ def content(run: RunRecord) -> list[Block]:
         _figures,
         _results,
         problems,
+        needles,
         by_layer,
         caches,
         gates,

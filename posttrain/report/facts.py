@@ -184,7 +184,7 @@ def estimates(run: RunRecord) -> list[Comparison]:
         # An evaluation estimates the tokens of every model it runs and counts the scored tokens of the text.
         models = 2 if "baseline_nll" in stage.result else 1
         tokens = stage.result.get("tokens")
-        processed = None if tokens is None else tokens * models + sampled_tokens(stage.result)
+        processed = None if tokens is None else tokens * models + further_tokens(stage.result)
         pairs = (
             ("parameters", estimate.get("parameters"), stage.result.get("parameters"), ""),
             ("trainable parameters", estimate.get("trainable"), stage.result.get("trainable"), ""),
@@ -220,10 +220,10 @@ def _peak(timing: Json) -> Any:
     return next((timing[key] for key in keys if timing.get(key)), None)
 
 
-def sampled_tokens(result: Json) -> int:
-    """Tokens that the models of an evaluation wrote in answer to problems."""
+def further_tokens(result: Json) -> int:
+    """Tokens that the models of an evaluation wrote in answer to problems, and those of prompts that hid a needle."""
     answers = (result.get("problems") or {}).get("answers") or {}
-    return sum(figures["tokens"] for figures in answers.values())
+    return sum(figures["tokens"] for figures in answers.values()) + (result.get("needle") or {}).get("tokens", 0)
 
 
 def conversions(run: RunRecord) -> list[tuple[StageRecord, list[Json]]]:

@@ -36,8 +36,14 @@ def _of_the_text(run: RunRecord) -> Iterator[str]:
         f"Quality was measured on {size} held-out text of one kind: {whole(tokens)} tokens of {documents} documents. "
         "Intervals cover the choice of documents within that text, not other kinds of text."
     )
-    window = values.get("window_tokens")
-    yield f"Contexts were at most {window} tokens long; longer contexts were not tried."
+    window, hidden = values.get("window_tokens"), values.get("needle")
+    if isinstance(hidden, dict):
+        yield (
+            f"Perplexity was measured on contexts of at most {window} tokens. Longer ones were tried by one hidden "
+            f"sentence alone, up to {hidden['settings']['lengths'][-1]} tokens: the easiest retrieval there is."
+        )
+    else:
+        yield f"Contexts were at most {window} tokens long; longer contexts were not tried."
     skill = "Skill at other tasks than the problems above" if _answered(run) else "Skill at tasks"
     yield (
         f"Perplexity, KL and top-1 agreement compare next-token predictions. {skill}, the following of "
