@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from posttrain.errors import StageError
 
 PROMPTS, LENGTH, NEW_TOKENS = 4, 32, 16
+PADDING = (0, 5, 11, 21)
+"""Tokens on the left of each prompt that the padded batch hides."""
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "def f(x):\n    return {'a': [x ** 2, -1.5e-3]}  # Ümläut, ÉTÉ, 東京, 🙂\n\n\t\ttabs  and   spaces ",
@@ -41,17 +43,27 @@ assert "posttrain" not in sys.modules
 for name, module in model.named_modules():
     if asked["eps"] and name.endswith(tuple(asked["norms"])):
         module.variance_epsilon = asked["eps"]
-ids = load_file(work + "/ids.safetensors")["ids"]
+given = load_file(work + "/ids.safetensors")
+ids, mask = given["ids"], given["mask"]
 with torch.no_grad():
     whole = model.eval()(ids, use_cache=False).logits
     first = model(ids[:, :-1], use_cache=True)
     last = model(ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+    padded = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    first = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+    after = model(ids[:, -1:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True).logits
     generated = model.generate(ids, attention_mask=torch.ones_like(ids), **asked["generate"])
+def elements(layer, *kinds):
+    held = [getattr(layer, kind, None) for kind in kinds]
+    held = [t for one in held for t in (one.values() if isinstance(one, dict) else [one])]
+    return sum(t.numel() for t in held if t is not None)
 layers = last.past_key_values.layers
-size = sum(t.numel() for layer in layers for t in (layer.keys, layer.values))
-tensors = {"logits": whole, "decoded": last.logits, "generated": generated}
+tensors = {"logits": whole, "decoded": last.logits, "generated": generated, "padded": torch.cat((padded, after[:, 0]))}
 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work + "/found.safetensors")
-facts = {"class": type(model).__name__, "cache_elements_per_token": size / ids.numel(),
+facts = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()),
+         "cache_elements_per_token": sum(elements(layer, "keys", "values") for layer in layers) / ids.numel(),
+         "state_elements": sum(elements(layer, "recurrent_states") for layer in layers) / len(ids),
+         "column_elements": sum(elements(layer, "conv_states") for layer in layers) / len(ids),
          "tokens": [tokenizer(text)["input_ids"] for text in asked["texts"]], "chat_template": tokenizer.chat_template,
          "eos": [tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id]}
 json.dump(facts, open(work + "/facts.json", "w"))
@@ -65,12 +77,14 @@ def greedy(new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """fp32 logits [B, T, V], those of the last token decoded with the cache [B, 1, V], prompt and greedy tokens
-    [B, T + 16], and facts: class, cache elements per token, token ids of `TEXTS`, chat template, EOS ids.
+    """fp32 logits [B, T, V], those of the last token decoded with the cache [B, 1, V], those of a left-padded batch
+    (`of_padded`), prompt and greedy tokens [B, T + 16], and facts: class, parameters, elements of the cache per token
+    and per sequence, token ids of `TEXTS`, chat template, EOS ids.
     """
 
     logits: Tensor
     decoded: Tensor
+    padded: Tensor
     generated: Tensor
     facts: dict[str, Any]
 
@@ -78,6 +92,18 @@ class Found:
 def prompt_ids(vocabulary: int, seed: int) -> Tensor:
     """The fixed prompts of a seed, [4, 32] token ids."""
     return torch.randint(0, vocabulary, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def padding_mask() -> Tensor:
+    """Which tokens of the prompts the padded batch shows, [4, 32]."""
+    return (torch.arange(LENGTH) >= torch.tensor(PADDING)[:, None]).long()
+
+
+def of_padded(model: Any, ids: Tensor) -> Tensor:
+    """Logits of the tokens of a left-padded batch, row by row, then once more of every row's last one: [N + B, V]."""
+    mask = padding_mask()
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    return torch.cat((logits[mask.bool()], logits[:, -1]))
 
 
 def probe(folder: Path, ids: Tensor, work: Path, *, eps: float = 0.0, custom_code: bool = True) -> Found:
@@ -91,7 +117,7 @@ def probe(folder: Path, ids: Tensor, work: Path, *, eps: float = 0.0, custom_cod
         StageError: the folder cannot be loaded without this package.
     """
     work.mkdir(parents=True, exist_ok=True)
-    save_file({"ids": ids}, work / "ids.safetensors")
+    save_file({"ids": ids, "mask": padding_mask()}, work / "ids.safetensors")
     asked = {"eps": eps, "custom_code": custom_code, "generate": greedy(), "texts": TEXTS, "norms": LATENT_NORMS}
     (work / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -109,7 +135,7 @@ def probe(folder: Path, ids: Tensor, work: Path, *, eps: float = 0.0, custom_cod
         raise StageError(f"the export does not load in a new process: {last}", str(folder), "report this as a fault")
     read = load_file(work / "found.safetensors")
     facts = json.loads((work / "facts.json").read_text(encoding="utf-8"))
-    return Found(read["logits"], read["decoded"], read["generated"], facts)
+    return Found(read["logits"], read["decoded"], read["padded"], read["generated"], facts)
 
 
 def load_here(folder: Path, eps: float) -> Any:

@@ -137,6 +137,8 @@ class _Check:
         self.facts = found.facts
         self._exact("whole export in fp32, new process", self.wanted, found.logits)
         self._exact("decoding with the cache, new process", self.wanted[:, -1:], found.decoded)
+        padded = verify.of_padded(self.model, self.ids)
+        self._exact("left-padded batch, then decoding, new process", padded, found.padded)
         self._same_tokenizer(tokenizer)
         self.generation = verify.compare_generated(self.model, self.ids, found.generated, self.tolerance)
         if not (self.generation["equal"] or self.generation["tie"]):

@@ -23,7 +23,7 @@ def test_native_loads_and_generates_without_this_package(tmp_path) -> None:
     certificate = export(save(tmp_path), to="native")
     assert certificate["class"] == "UpcycledForCausalLM" and "vLLM" in certificate["servers"]
     assert certificate["generation"]["equal"] and certificate["generation"]["tokens"] == 64
-    assert [step["exact"] for step in certificate["steps"]] == [True, True]
+    assert [step["exact"] for step in certificate["steps"]] == [True, True, True]
     assert certificate["latent_norm_eps"] is None and certificate["caveats"] == {}
 
 
