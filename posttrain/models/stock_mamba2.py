@@ -34,6 +34,17 @@ def stock_tensors(mixer: Mamba2) -> dict[str, Tensor]:
             where=f"layer {mixer.layer_idx}",
             fix="export in the native format",
         )
+    tensors = written_out(mixer)
+    # The stock layout has biases on both projections or on none.
+    for name in ("in_proj", "out_proj"):
+        if stock_config(mixer)["use_bias"] and f"{name}.bias" not in tensors:
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.bias"] = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    return tensors
+
+
+def written_out(mixer: Mamba2) -> dict[str, Tensor]:
+    """Parameters of the mixer with as many groups as heads that computes the same, by the names of both layouts."""
     tensors = {name: tensor.detach().clone() for name, tensor in mixer.named_parameters()}
     shared, inner = mixer.shared, mixer.inner
     for name in ("in_proj.weight", "in_proj.bias"):
@@ -44,11 +55,6 @@ def stock_tensors(mixer: Mamba2) -> dict[str, Tensor]:
         for name in ("conv1d.weight", "conv1d.bias"):
             x, b, c = tensors[name].split((shared, shared, inner))
             tensors[name] = torch.cat([_repeated(x, mixer), _repeated(b, mixer), c])
-    # The stock layout has biases on both projections or on none.
-    for name in ("in_proj", "out_proj"):
-        if stock_config(mixer)["use_bias"] and f"{name}.bias" not in tensors:
-            weight = tensors[f"{name}.weight"]
-            tensors[f"{name}.bias"] = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
     return tensors
 
 
