@@ -12,7 +12,9 @@ import typer
 
 def command(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run (its newest model) or a model's folder.")],
-    to: Annotated[Literal["native", "deepseek_v3"], typer.Option("--to", help="The layout to write.")] = "native",
+    to: Annotated[
+        Literal["native", "deepseek_v3", "falcon_h1"], typer.Option("--to", help="The layout to write.")
+    ] = "native",
     loader: Annotated[
         Literal["transformers", "vllm"], typer.Option("--loader", help="Who will load a deepseek_v3 export.")
     ] = "transformers",

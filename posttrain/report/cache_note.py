@@ -13,7 +13,12 @@ from posttrain.pipeline.stage import ArtifactMeta, Estimate
 def with_states(
     estimate: Estimate, outputs: Mapping[str, ArtifactMeta], inputs: Mapping[str, ArtifactMeta]
 ) -> Estimate:
-    """The estimate with the constant bytes of the model's cache, and a note where the stage changes them."""
+    """The estimate with the constant bytes of the model's cache, and a note where the stage changes them.
+
+    A stage that states them itself (an export in classes that hold more) is left alone.
+    """
+    if estimate.cache_state_bytes is not None:
+        return estimate
     made = _architecture(outputs) or (_architecture(inputs) if estimate.cache_bytes_per_token is not None else None)
     if made is None or not (constant := cache_state_bytes(made)):
         return estimate

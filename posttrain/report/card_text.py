@@ -148,7 +148,8 @@ def _loading(card: Json) -> Iterator[Block]:
         yield Code(ours, "python")
         own = plain.replace('("FOLDER")', '("FOLDER", trust_remote_code=True)', 1)
         yield Code(f"# Without posttrain: the folder brings its modelling code along.\n{own}", "python")
-        yield Bullets([NOT_SERVED, "posttrain export --to deepseek_v3 writes stock classes where that is exact"])
+        stock = "posttrain export --to deepseek_v3 (latent attention everywhere) or --to falcon_h1 (states and full "
+        yield Bullets([NOT_SERVED, f"{stock}attention) writes stock classes where that is exact"])
     elif model_type in PLAIN:
         yield Code(ours, "python")
         yield Code(plain, "python")
@@ -167,14 +168,21 @@ def _export(card: Json) -> Iterator[Block]:
     for step in certificate.get("steps") or []:
         kind = "a condition" if step.get("exact") else "no condition"
         lines.append(f"{step['name']}: relative logit error {significant(step['relative'], 2)}, {kind}")
-    cache = certificate.get("cache_bytes_per_token") or {}
-    lines.append(
-        f"KV cache per token: {_count(cache.get('predicted'))} B predicted, {_count(cache.get('measured'))} measured"
-    )
+    cache, constant = certificate.get("cache_bytes_per_token") or {}, certificate.get("cache_state_bytes") or {}
+    lines.append(f"KV cache per token: {_held(cache)}")
+    if constant.get("predicted"):
+        lines.append(f"States and convolution columns per sequence: {_held(constant)}")
     if certificate.get("perplexity") is not None:
         of = certificate.get("perplexity_of")
         lines.append(f"Perplexity {significant(certificate['perplexity'])} ({_known(of)})")
     yield Bullets([*lines, "all of it is in certificate.json"])
+
+
+def _held(held: Json) -> str:
+    """Bytes of the export's cache, and of the model's where it is another."""
+    own = held.get("model")
+    before = f", {_count(own)} B before the export" if own not in (None, held.get("predicted")) else ""
+    return f"{_count(held.get('predicted'))} B predicted, {_count(held.get('measured'))} measured{before}"
 
 
 def _evaluation(card: Json) -> Iterator[Block]:

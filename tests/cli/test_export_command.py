@@ -39,6 +39,8 @@ def test_the_whole_way(tmp_path: Path) -> None:
     refused = run("--to", "deepseek_v3", "--out", "no")
     assert refused.returncode == 2 and "not every layer has latent attention" in refused.stderr
     assert not (tmp_path / "no").exists()
+    refused = run("--to", "falcon_h1", "--out", "no")
+    assert refused.returncode == 2 and "no layer carries a state" in refused.stderr
     done = run("--out", "yes")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "yes" / "certificate.json").read_text())["class"] == "LlamaForCausalLM"

@@ -32,12 +32,16 @@ VARIANTS = {
 
 
 def make_hybrid(
-    mixers: tuple[str, ...] = ("mamba2",), family: str = "llama", kv_heads: int = 2, head_dim: int = 8, **fields
+    mixers: tuple[str, ...] = ("mamba2",),
+    family: str = "llama",
+    kv_heads: int = 2,
+    head_dim: int = 8,
+    of_source: dict | None = None,
+    **fields,
 ) -> UpcycledForCausalLM:
-    """A source with these mixers, everything new random."""
-    source = make_source(
-        family, num_hidden_layers=len(mixers), num_attention_heads=8, num_key_value_heads=kv_heads, head_dim=head_dim
-    )
+    """A source, changed as `of_source` says, with these mixers, everything new random."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    source = make_source(family, num_hidden_layers=len(mixers), **heads, **(of_source or {}))
     latent = LATENT if "latent_attention" in mixers else {}
     model = build_upcycled(source, UpcycledConfig.from_source(source.config, mixers=list(mixers), **latent, **fields))
     fill_mixers(model)

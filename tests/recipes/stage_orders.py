@@ -39,6 +39,8 @@ class Pipeline:
         self.stages: dict[str, Stage] = {}
         self.model, self.teacher = "model", "model"
         self.kinds = {"model": "full"}
+        self.stock = "native"
+        """The stock layout that holds the line's model, if there is one."""
 
     def add(self, kind: str, inputs: dict[str, str], makes: str | None = None, **settings: Any) -> str:
         """A stage under a name of its own; the reference of what it makes."""
@@ -83,8 +85,8 @@ def legal(seed: int) -> Pipeline:
     for kind in draw.sample(TRAINING, draw.randint(1, 4)):
         train(line, kind)
     evaluated(line)
-    if draw.random() < 0.5:
-        line.add("export", {"model": line.model}, to="native")
+    if draw.random() < 0.5 or line.stock != "native":
+        line.add("export", {"model": line.model}, to=line.stock)
     return line
 
 
@@ -110,6 +112,7 @@ def to_hybrid_at_once(line: Pipeline) -> None:
     data = {"data": "data.train"} if aligned else {}
     start = {"init": "aligned"} if aligned else {}
     line.model = line.add("hybrid_init", {"model": line.teacher, **latent, **data}, "hybrid", keep=[1], **start)
+    line.stock = "native" if latent or aligned else "falcon_h1"
 
 
 def to_hybrid_by_measurement(line: Pipeline) -> None:
@@ -124,6 +127,8 @@ def to_hybrid_by_measurement(line: Pipeline) -> None:
     inputs = {**donors, "teacher": line.teacher, "data": "data.train"}
     selection = line.add("layer_select", inputs, method=method)
     line.model = line.add("assemble", {**donors, "selection": selection}, "hybrid")
+    # Alignment of the donors keeps their form; attention that is not the teacher's is latent.
+    line.stock = "falcon_h1" if line.kinds[attention] == "full" else "native"
 
 
 def _aligned(line: Pipeline, model: str) -> str:
@@ -232,7 +237,7 @@ def rewards_without_answers(line: Pipeline) -> str:
 def stock_export_of_states(line: Pipeline) -> str:
     state = line.add("hybrid_init", {"model": line.teacher}, "state")
     line.add("export", {"model": state}, to="deepseek_v3")
-    return "mamba2|deepseek_v3|latent"
+    return r"nothing else(.|\n)*to=falcon_h1"
 
 
 FAULTS: tuple[Callable[[Pipeline], str], ...] = (

@@ -51,4 +51,6 @@ def test_illegal_orders_are_refused_with_the_reason(seed: int, tmp_path: Path) -
 def test_the_draws_cover_what_they_are_for() -> None:
     types = Counter(stage["type"] for seed in range(20) for stage in legal(seed).stages.values())
     assert set(types) >= {*TRAINING, "mla_upcycle", "hybrid_init", "layer_select", "assemble", "evaluate", "export"}
+    layouts = {s["to"] for seed in range(20) for s in legal(seed).stages.values() if s["type"] == "export"}
+    assert layouts == {"native", "falcon_h1"}
     assert {illegal(seed)[1] for seed in range(28)} == {fault.__name__ for fault in FAULTS}

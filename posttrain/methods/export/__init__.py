@@ -1,11 +1,17 @@
-"""Write a model for other programs: as it is (`native`), or as a stock DeepSeek-V3 where that is exact."""
+"""Write a model for other programs: as it is (`native`), or as a stock DeepSeek-V3 or FalconH1 where that is exact."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-_EXPORTS = {"ExportConfig": "config", "Export": "stage", "to_deepseek": "deepseek", "export_model": "write"}
+_EXPORTS = {
+    "ExportConfig": "config",
+    "Export": "stage",
+    "to_deepseek": "deepseek",
+    "to_falcon": "falcon",
+    "export_model": "write",
+}
 __all__ = sorted(_EXPORTS)
 
 

@@ -12,10 +12,11 @@ import torch
 
 from posttrain.methods.export.config import ExportConfig
 from posttrain.methods.export.exact import latent_eps
-from posttrain.models.architecture import cache_bytes_per_token, per_layer
+from posttrain.methods.export.targets import Holdings, holdings
+from posttrain.models.architecture import STATE_SIZE, per_layer
 from posttrain.pipeline.files import list_files, read_json, write_json, write_text
 
-FORMAT = 2
+FORMAT = 3
 NATIVE_ONLY = "vLLM, SGLang, TGI and llama.cpp cannot load it (custom architecture): serve with transformers or chat"
 SERVERS = {
     "transformers": "transformers only: vLLM and SGLang give the latent norms another epsilon (loader=vllm is theirs)",
@@ -26,6 +27,15 @@ CAVEATS = {
     "b": "do not train it in this state: the scaled rows are tiny and the norms do nothing",
     "c": "the loader must compute the mean square in fp32, and float16 weights underflow",
     "d": "weight-only fp8 needs a scale per row",
+}
+FALCON_SERVERS = (
+    "transformers: 5.23 was tried; 5.17 and 5.18 have the class, but decode batches wrongly behind its gated norm (one "
+    "sequence is right). vLLM's documentation lists FalconH1ForCausalLM; no server was tried"
+)
+FALCON_CAVEATS = {
+    "a": "every layer caches keys and holds a state, used or not: what the hybrid saves of the cache is lost",
+    "b": "transformers rounds A_log, D and dt_bias when it loads the class in bf16; the files hold them in fp32",
+    "c": "packed documents in one row and padding inside a text are not told apart by its states",
 }
 PREDICTED = ("key_error", "value_error", "rel_error")
 EVALUATED = ("documents", "tokens", "perplexity", "baseline_perplexity", "kl", "top1_agreement", "nll_gap")
@@ -42,6 +52,7 @@ class Account:
     noise: float
     generation: dict[str, Any]
     facts: dict[str, Any]
+    parameters: int
     norm_scale_bits: int | None
     layers: list[float] | None
     measured: dict[str, Any] | None
@@ -72,13 +83,11 @@ def certificate(
         "steps": account.steps,
         "generation": account.generation,
         "tokenizer": {"equal": True, "eos_token_id": account.facts["eos"]},
-        "cache_bytes_per_token": {
-            "predicted": _predicted_bytes(account.arch, cfg, size),
-            "measured": account.facts["cache_elements_per_token"] * size,
-        },
+        **_held(account, cfg, size),
     }
     found |= _errors(account, conversion) | _perplexity(account.measured, evaluation)
-    return found | {"servers": _servers(cfg, account.arch), "caveats": CAVEATS if account.norm_scale_bits else {}}
+    caveats = FALCON_CAVEATS if cfg.to == "falcon_h1" else CAVEATS if account.norm_scale_bits else {}
+    return found | {"servers": _servers(cfg, account.arch), "caveats": caveats}
 
 
 def write_certificate(folder: Path, content: dict[str, Any]) -> None:
@@ -94,11 +103,24 @@ def write_readme(source: Path, target: Path, content: dict[str, Any]) -> None:
     write_text(target / "README.md", exported(source, content, stated_licence(source)))
 
 
-def _predicted_bytes(arch: Mapping[str, Any], cfg: ExportConfig, size: int) -> int:
-    ranks, predicted = arch.get("kv_lora_rank"), cache_bytes_per_token(arch, size)
-    if cfg.to == "deepseek_v3" and isinstance(ranks, list):
-        predicted += size * sum(max(ranks) - rank for rank in ranks)
-    return predicted
+def _held(account: Account, cfg: ExportConfig, size: int) -> dict[str, Any]:
+    """Parameters and cache of the export, predicted and measured, and those of the model."""
+    facts, export = account.facts, holdings(account.arch, cfg, size)
+    model: Holdings = holdings(account.arch, ExportConfig(), size)
+    states = facts["state_elements"] * STATE_SIZE + facts["column_elements"] * size
+    return {
+        "parameters": {"predicted": export.parameters, "measured": facts["parameters"], "model": account.parameters},
+        "cache_bytes_per_token": {
+            "predicted": export.cache_bytes_per_token,
+            "measured": facts["cache_elements_per_token"] * size,
+            "model": model.cache_bytes_per_token,
+        },
+        "cache_state_bytes": {
+            "predicted": export.cache_state_bytes,
+            "measured": states,
+            "model": model.cache_state_bytes,
+        },
+    }
 
 
 def _errors(account: Account, conversion: Path | None) -> dict[str, Any]:
@@ -111,7 +133,10 @@ def _errors(account: Account, conversion: Path | None) -> dict[str, Any]:
         predicted = {name: report[layer][name] for name in PREDICTED} if report else None
         measured = {"output_error": account.layers[layer]} if account.layers else None
         rank = per_layer(account.arch["kv_lora_rank"], layer)
-        layers.append({"layer": layer, "kv_lora_rank": rank, "predicted": predicted, "measured": measured})
+        mixer = account.arch["mixers"][layer]
+        layers.append(
+            {"layer": layer, "mixer": mixer, "kv_lora_rank": rank, "predicted": predicted, "measured": measured}
+        )
     said = "relative, against the source. predicted: at conversion, before any training, on its calibration text; null "
     said += "without input `conversion`. measured: of this model, each layer fed with the source's activations; null "
     return {"layers": layers, "errors_are": said + "without input `source`"}
@@ -130,6 +155,8 @@ def _perplexity(measured: dict[str, Any] | None, evaluation: Path | None) -> dic
 def _servers(cfg: ExportConfig, arch: Mapping[str, Any]) -> str:
     if cfg.to == "native":
         return NATIVE_ONLY if arch["model_type"] == "upcycled" else "any that knows the class"
+    if cfg.to == "falcon_h1":
+        return FALCON_SERVERS
     if arch["qk_latent_layernorm"] or latent_eps(arch["rms_norm_eps"], "vllm") == latent_eps(0.0, "transformers"):
         return SERVERS["vllm"].split(";")[0] + "; transformers too: both use the same epsilon here"
     return SERVERS[cfg.loader]

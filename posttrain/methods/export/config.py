@@ -13,10 +13,11 @@ class ExportConfig(StageConfig):
     """In which layout a model is written, and for which loader."""
 
     type: Literal["export"] = "export"
-    to: Literal["native", "deepseek_v3"] = Field(
+    to: Literal["native", "deepseek_v3", "falcon_h1"] = Field(
         "native",
-        description="native: the model as it is, with its code bundled (transformers only). deepseek_v3: stock "
-        "DeepSeek-V3 classes, no custom code; refused where that would not be exact.",
+        description="native: the model as it is, with its code bundled (transformers only). deepseek_v3, falcon_h1: "
+        "stock DeepSeek-V3 classes for latent attention everywhere, stock FalconH1 classes for hybrids of states and "
+        "full attention, no custom code; refused where that would not be exact.",
     )
     loader: Literal["transformers", "vllm"] = Field(
         "transformers",

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from posttrain.errors import RecipeError, StageError
 from posttrain.methods.export.config import ExportConfig
-from posttrain.methods.export.exact import latent_eps, obstacles, stock_rope
+from posttrain.methods.export.exact import largest, latent_eps, obstacles, stock_rope
 from posttrain.models.architecture import normalise
 
 _COPIED = (
@@ -101,8 +101,8 @@ def _config(source: Any, rope: dict[str, Any]) -> DeepseekV3Config:
     config = DeepseekV3Config(
         **{name: getattr(source, name) for name in _COPIED},
         num_key_value_heads=source.num_attention_heads,
-        kv_lora_rank=_largest(source.kv_lora_rank),
-        q_lora_rank=_largest(source.q_lora_rank),
+        kv_lora_rank=largest(source.kv_lora_rank),
+        q_lora_rank=largest(source.q_lora_rank),
         first_k_dense_replace=source.num_hidden_layers,
         n_routed_experts=1,
         num_experts_per_tok=1,
@@ -116,10 +116,6 @@ def _config(source: Any, rope: dict[str, Any]) -> DeepseekV3Config:
     # Loaders from before `rope_parameters` look here and would take 10000 otherwise.
     config.rope_theta = rope["rope_theta"]
     return config
-
-
-def _largest(rank: int | list[int] | None) -> int | None:
-    return max(rank) if isinstance(rank, list) and None not in rank else rank[0] if isinstance(rank, list) else rank
 
 
 def _attention(block: dict[str, Tensor], source: Any, config: DeepseekV3Config) -> dict[str, Tensor]:

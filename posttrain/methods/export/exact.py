@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.errors import Problem
+from posttrain.methods.export import exact_falcon
 from posttrain.methods.export.config import ExportConfig
+from posttrain.models.architecture import mixers
 
 TRANSFORMERS_EPS = 1e-6
 """What transformers' DeepSeek-V3 gives its latent norms, whatever `rms_norm_eps` is."""
@@ -18,6 +20,11 @@ _BIASES = ("attention_bias", "attention_out_bias", "latent_bias", "latent_out_bi
 def latent_eps(rms_norm_eps: float, loader: str) -> float:
     """The epsilon of the latent norms in that loader."""
     return TRANSFORMERS_EPS if loader == "transformers" else rms_norm_eps
+
+
+def largest(rank: int | list[int] | None) -> int | None:
+    """The rank that all layers have once they are padded; None where queries have none."""
+    return max(rank) if isinstance(rank, list) and None not in rank else rank[0] if isinstance(rank, list) else rank
 
 
 def kept_frequencies(arch: Mapping[str, Any]) -> list[int]:
@@ -54,13 +61,8 @@ def obstacles(arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None = No
     `dtype` is what the input is stored in, where that is known.
     """
     if arch["model_type"] != "upcycled" or set(arch.get("mixers") or ()) != {"latent_attention"}:
-        return [
-            Problem(
-                "not every layer has latent attention: DeepSeek-V3 has nothing else",
-                _WHERE,
-                f"convert all layers, or {_NATIVE}",
-            )
-        ]
+        what = "not every layer has latent attention: DeepSeek-V3 has nothing else"
+        return [Problem(what, _WHERE, _remedy(arch))]
     found = []
     if biased := [name for name in _BIASES if arch.get(name)]:
         found.append(Problem(f"DeepSeek-V3 has no place for {', '.join(biased)}", _WHERE, _NATIVE))
@@ -70,6 +72,13 @@ def obstacles(arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None = No
         found += _rank_problems(arch, name, cfg.pad_ranks)
     found += _rope_problems(arch, cfg.loader)
     return found + _norm_problems(arch, cfg, dtype)
+
+
+def _remedy(arch: Mapping[str, Any]) -> str:
+    """What a model without latent attention everywhere can do."""
+    if not exact_falcon.obstacles(arch):
+        return f"use to=falcon_h1, which holds states and full attention, or {_NATIVE}"
+    return _NATIVE if "mamba2" in mixers(arch) else f"convert all layers, or {_NATIVE}"
 
 
 def _rope_problems(arch: Mapping[str, Any], loader: str) -> list[Problem]:

@@ -8,18 +8,17 @@ from typing import ClassVar
 
 from posttrain.errors import RecipeError
 from posttrain.methods.export.config import ExportConfig
-from posttrain.methods.export.exact import obstacles
-from posttrain.models.architecture import cache_bytes_per_token, parameter_count
+from posttrain.methods.export.targets import Holdings, holdings, obstacles
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.files import clear
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
 
 
 class Export(Stage):
-    """Write a model natively or as a stock DeepSeek-V3; see `ExportConfig` and docs/export.md."""
+    """Write a model natively or in stock classes; see `ExportConfig` and docs/export.md."""
 
     type: ClassVar[str] = "export"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     Config = ExportConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="the model to write"),
@@ -45,7 +44,7 @@ class Export(Stage):
             kind = architecture["model_type"]
             what = f"model_type {kind} is an installed package's, and an export is checked without it"
             raise RecipeError(what, where="inputs.model", fix="use the model's folder, with that package beside it")
-        if cfg.to != "deepseek_v3" or architecture is None:
+        if architecture is None:
             return
         if found := obstacles(architecture, cfg, inputs["model"].extra.get("dtype")):
             raise RecipeError(problems=found)
@@ -54,13 +53,17 @@ class Export(Stage):
         architecture = inputs["model"].architecture
         if architecture is None:
             return Estimate()
-        count = parameter_count(architecture)
+        model, export = holdings(architecture, ExportConfig()), holdings(architecture, cfg)
         size = 4 if (cfg.dtype or inputs["model"].extra.get("dtype")) == "float32" else 2
+        # The plan knows the states of an architecture, and a stock class has more of them than the model.
+        falcon = cfg.to == "falcon_h1"
         return Estimate(
-            parameters=count,
-            memory={"model": 4 * count, "exports": 8 * count},
-            cache_bytes_per_token=cache_bytes_per_token(architecture),
-            disk_bytes=size * count,
+            parameters=export.parameters,
+            memory={"model": 4 * model.parameters, "exports": 8 * export.parameters},
+            cache_bytes_per_token=export.cache_bytes_per_token,
+            cache_state_bytes=export.cache_state_bytes if falcon else None,
+            disk_bytes=size * export.parameters,
+            notes=(_note(model, export),) if falcon else (),
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
@@ -80,3 +83,13 @@ class Export(Stage):
 
     def uses_seed(self, cfg: ExportConfig) -> bool:
         return False
+
+
+def _note(model: Holdings, export: Holdings) -> str:
+    more = export.parameters - model.parameters
+    return (
+        f"stock FalconH1: {more:,} parameters more ({more / model.parameters:.1%}), for halves of layers that are zero "
+        f"and shared rows written out; its cache takes {export.cache_bytes_per_token:,} B a token and "
+        f"{export.cache_state_bytes / 1e6:.2f} MB a sequence, the model's {model.cache_bytes_per_token:,} B and "
+        f"{model.cache_state_bytes / 1e6:.2f} MB"
+    )

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from posttrain.errors import StageError
 
 PROMPTS, LENGTH, NEW_TOKENS = 4, 32, 16
+PIECE = 8
+"""Tokens of a prompt that are computed at a time where rounding noise is measured."""
 PADDING = (0, 5, 11, 21)
 """Tokens on the left of each prompt that the padded batch hides."""
 TEXTS = (
@@ -138,9 +140,9 @@ def probe(folder: Path, ids: Tensor, work: Path, *, eps: float = 0.0, custom_cod
     return Found(read["logits"], read["decoded"], read["padded"], read["generated"], facts)
 
 
-def load_here(folder: Path, eps: float) -> Any:
-    """An exported folder in this process, fp32 arithmetic; `eps` as for `probe`."""
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval()
+def load_here(folder: Path, eps: float, dtype: torch.dtype = torch.float32) -> Any:
+    """An exported folder in this process, its weights as `dtype`; `eps` as for `probe`."""
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
     for name, module in model.named_modules():
         if eps and name.endswith(LATENT_NORMS):
             module.variance_epsilon = eps
@@ -155,14 +157,29 @@ def errors(wanted: Tensor, found: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def noise(model: Any, ids: Tensor, wanted: Tensor) -> float:
-    """How far the model is from itself when its own arithmetic is ordered otherwise: row by row, attention eager."""
+    """How far the model is from itself when its own arithmetic is ordered otherwise: row by row, attention eager.
+
+    Rows alone do not change how a state is summed: models with states go through the prompts in pieces too.
+    """
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        rows = [model(row[None], use_cache=False).logits for row in ids]
+        found = [torch.cat([model(row[None], use_cache=False).logits for row in ids])]
+        if "mamba2" in (getattr(model.config, "mixers", None) or ()):
+            found.append(torch.cat([_in_pieces(model, row[None]) for row in ids]))
     finally:
         model.set_attn_implementation(implementation)
-    return errors(wanted, torch.cat(rows))["relative"]
+    return max(errors(wanted, logits)["relative"] for logits in found)
+
+
+def _in_pieces(model: Any, ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of `PIECE` tokens at a time, with the cache."""
+    cache, logits = None, []
+    for piece in ids.split(PIECE, dim=1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
 
 
 @torch.no_grad()

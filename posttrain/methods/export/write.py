@@ -16,8 +16,10 @@ from posttrain.methods.export import verify
 from posttrain.methods.export.certificate import Account, certificate
 from posttrain.methods.export.config import ExportConfig
 from posttrain.methods.export.deepseek import scale_bits, to_deepseek
-from posttrain.methods.export.exact import latent_eps, obstacles
+from posttrain.methods.export.exact import latent_eps
+from posttrain.methods.export.falcon import check_installed, to_falcon
 from posttrain.methods.export.measure import layer_errors, on_text
+from posttrain.methods.export.targets import obstacles
 from posttrain.models.architecture import normalise
 from posttrain.models.inspect import model_meta
 from posttrain.models.loading import load_model, load_tokenizer, save_model
@@ -51,7 +53,7 @@ def export_model(
     try:
         meta = model_meta(source)
         dtype = cfg.dtype or str(meta.extra.get("dtype") or "float32").removeprefix("torch.")
-        if cfg.to == "deepseek_v3" and (problems := obstacles(meta.architecture, cfg, dtype)):
+        if problems := obstacles(meta.architecture, cfg, dtype):
             raise RecipeError(problems=problems)
         account = _write(source, target, cfg, given, scratch, seed, getattr(torch, dtype))
         return certificate(source, target, cfg, account, given.conversion, given.evaluation)
@@ -66,17 +68,17 @@ def _write(
     source: Path, target: Path, cfg: ExportConfig, given: Given, scratch: Path, seed: int, dtype: torch.dtype
 ) -> Account:
     model, tokenizer = load_model(source), load_tokenizer(source)
-    stock = cfg.to == "deepseek_v3"
-    exported = to_deepseek(model, cfg) if stock else model
+    exported = _exported(model, cfg)
     save_model(exported, tokenizer, scratch / "fp32", tokenizer_from=source)
     check = _Check(model, cfg, verify.prompt_ids(model.config.vocab_size, seed), scratch / "probe")
+    check.layout(exported)
     check.whole(scratch / "fp32", tokenizer)
     shutil.rmtree(scratch / "fp32")
     save_model(exported, tokenizer, target, dtype=dtype, tokenizer_from=source)
     if dtype != torch.float32:
         check.stored(target, dtype)
     del exported
-    linearised = stock and not model.config.qk_latent_layernorm
+    linearised = cfg.to == "deepseek_v3" and not model.config.qk_latent_layernorm
     measured, layers = _measured(model, target, cfg, given, check.eps)
     return Account(
         arch=normalise(model.config.to_dict()),
@@ -86,10 +88,20 @@ def _write(
         noise=check.noise,
         generation=check.generation,
         facts=check.facts,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         norm_scale_bits=scale_bits(model, cfg) if linearised else None,
         layers=layers,
         measured=measured,
     )
+
+
+def _exported(model: Any, cfg: ExportConfig) -> Any:
+    if cfg.to == "native":
+        return model
+    if cfg.to == "deepseek_v3":
+        return to_deepseek(model, cfg)
+    check_installed(model.config)
+    return to_falcon(model)
 
 
 def _measured(
@@ -128,11 +140,17 @@ class _Check:
         return latent_eps(self.model.config.rms_norm_eps, self.cfg.loader) if stock else 0.0
 
     @torch.no_grad()
-    def whole(self, folder: Path, tokenizer: Any) -> None:
-        """The layout alone, then the fp32 folder in a new process."""
+    def layout(self, exported: Any) -> None:
+        """The rearranged tensors alone, in this process."""
+        if self.cfg.to == "native":
+            return
+        what, model = "shared rows of the states written out, unused halves zero", exported
         if self.cfg.to == "deepseek_v3":
-            layout = self._without_norms()(self.ids, use_cache=False).logits
-            self._exact("layout: interleaved rotary rows, softmax scale, padded ranks", self.wanted, layout)
+            what, model = "interleaved rotary rows, softmax scale, padded ranks", self._without_norms()
+        self._exact(f"layout: {what}", self.wanted, model(self.ids, use_cache=False).logits)
+
+    def whole(self, folder: Path, tokenizer: Any) -> None:
+        """The fp32 folder in a new process."""
         found = self._probe(folder)
         self.facts = found.facts
         self._exact("whole export in fp32, new process", self.wanted, found.logits)
@@ -147,9 +165,15 @@ class _Check:
     @torch.no_grad()
     def stored(self, folder: Path, dtype: torch.dtype) -> None:
         """What rounding the weights does; no condition."""
-        error = verify.errors(self.wanted, self._probe(folder).logits)
         note = f"rounding of the weights to {dtype}; about 1e-2 is the floor of bf16; not a condition of the export"
-        self.steps.append({"name": "stored weights", "exact": False, **error, "note": note})
+        self._rounded("stored weights", self._probe(folder).logits, note)
+        if self.cfg.to == "falcon_h1":
+            loaded = verify.load_here(folder, self.eps, dtype).float()
+            note = f"stored weights with A_log, D and dt_bias rounded too, as transformers does loading in {dtype}"
+            self._rounded("decays as loaded", loaded(self.ids, use_cache=False).logits, note)
+
+    def _rounded(self, name: str, found: Tensor, note: str) -> None:
+        self.steps.append({"name": name, "exact": False, **verify.errors(self.wanted, found), "note": note})
 
     def _probe(self, folder: Path) -> verify.Found:
         return verify.probe(folder, self.ids, self.work, eps=self.eps, custom_code=self.cfg.to == "native")

@@ -61,7 +61,10 @@ def test_bf16_weights_have_their_floor_measured(tmp_path) -> None:
     certificate = export(save(tmp_path, dtype=torch.bfloat16))
     stored = certificate["steps"][-1]
     assert certificate["dtype"] == "bfloat16" and not stored["exact"] and 1e-4 < stored["relative"] < 0.1
-    assert certificate["cache_bytes_per_token"] == {"predicted": 96, "measured": 96}
+    assert certificate["cache_bytes_per_token"] == {"predicted": 96, "measured": 96, "model": 96}
+    # Stock classes have norms on their latents, 16 weights in each of two layers.
+    parameters = certificate["parameters"]
+    assert parameters["measured"] == parameters["predicted"] == parameters["model"] + 2 * 16
 
 
 def test_ranks_per_layer_and_query_ranks_are_padded_exactly() -> None:
@@ -84,7 +87,9 @@ def test_padded_ranks_cost_what_the_certificate_says(tmp_path) -> None:
     ranks = [layer["kv_lora_rank"] for layer in certificate["layers"]]
     assert len(set(ranks)) == 2
     bytes_now = 4 * 2 * (max(ranks) + 8)
-    assert certificate["cache_bytes_per_token"] == {"predicted": bytes_now, "measured": bytes_now}
+    own = 4 * sum(rank + 8 for rank in ranks)
+    assert certificate["cache_bytes_per_token"] == {"predicted": bytes_now, "measured": bytes_now, "model": own}
+    assert certificate["parameters"]["measured"] == certificate["parameters"]["predicted"]
 
 
 def test_the_certificate_holds_predicted_and_measured_errors_and_perplexities(tmp_path) -> None:

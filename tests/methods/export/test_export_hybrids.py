@@ -8,6 +8,7 @@ from models.hybrid_models import make_hybrid
 
 from posttrain.errors import StageError
 from posttrain.methods.export import verify
+from posttrain.models.architecture import cache_state_bytes, normalise
 from posttrain.models.loading import save_model
 from posttrain.models.tiny import tiny_tokenizer
 
@@ -23,6 +24,9 @@ def test_a_hybrid_is_written_natively(tmp_path, mixers) -> None:
     ]
     assert all(step["exact"] and step["relative"] <= 1e-5 for step in certificate["steps"])
     assert certificate["generation"]["equal"]
+    constant = cache_state_bytes(normalise(model.config.to_dict()), 4)
+    assert certificate["cache_state_bytes"] == {"predicted": constant, "measured": constant, "model": constant}
+    assert certificate["parameters"]["measured"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_padding_that_is_seen_is_refused(tmp_path, monkeypatch) -> None:
