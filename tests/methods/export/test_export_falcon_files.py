@@ -21,8 +21,8 @@ from posttrain.methods.export.write import Given
 from posttrain.models.inspect import model_meta
 from posttrain.models.loading import save_model
 from posttrain.models.tiny import tiny_tokenizer
-from posttrain.pipeline.cache_note import with_states
 from posttrain.pipeline.stage import ArtifactMeta
+from posttrain.report.cache_note import with_states
 
 MIXED = ("mamba2", "full_attention", "mamba2")
 batches = pytest.mark.skipif(
