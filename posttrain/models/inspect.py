@@ -123,9 +123,17 @@ def check_model_folder(folder: str | Path) -> None:
     Raises:
         RecipeError: missing or broken config.json, unsupported architecture, missing, foreign or truncated weights.
     """
-    path = Path(folder)
-    read_architecture(path)
-    shards = _shards(path)
+    read_architecture(folder)
+    check_weight_files(folder)
+
+
+def check_weight_files(folder: str | Path) -> None:
+    """Look at every safetensors header and size of a folder, whatever its architecture.
+
+    Raises:
+        RecipeError: missing, foreign or truncated weights.
+    """
+    shards = _shards(Path(folder))
     for file, expected in shards.items():
         missing = expected - set(_complete_tensors(file))
         if missing:

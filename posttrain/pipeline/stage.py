@@ -69,7 +69,8 @@ class ArtifactMeta:
         tokenizer: SHA-256 of the tokenizer's content, None while unknown.
         chat_template: SHA-256 of the chat template, None while unknown or absent.
         rows, tokens: for a dataset, documents and (estimated) tokens; None while unknown.
-        extra: anything else a consumer's `check` may want, JSON-able.
+        extra: anything else a consumer's `check` may want, JSON-able. `stock`: model type of a model in classes of
+            another program, which this package does not read.
     """
 
     type: str

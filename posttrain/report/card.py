@@ -105,7 +105,7 @@ def _artifact(stage: StageRecord, output: str) -> Json:
         "output": output,
         "key": stage.key,
         "manifest_sha256": manifest.get("sha256"),
-        "model_type": architecture.get("model_type"),
+        "model_type": architecture.get("model_type") or extra.get("stock"),
         "dtype": extra.get("dtype"),
         "parameters": (manifest.get("estimate") or {}).get("parameters"),
         "cache_bytes_per_token_bf16": (manifest.get("estimate") or {}).get("cache_bytes_per_token"),

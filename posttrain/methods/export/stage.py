@@ -35,6 +35,8 @@ class Export(Stage):
         extra = {name: value for name, value in source.extra.items() if name in ("dtype", "label", "eos_token_id")}
         if cfg.dtype:
             extra["dtype"] = cfg.dtype
+        if cfg.to != "native":
+            extra["stock"] = cfg.to
         model = ArtifactMeta("model", architecture, source.tokenizer, source.chat_template, extra=extra)
         return {"model": model, "certificate": ArtifactMeta("certificate")}
 

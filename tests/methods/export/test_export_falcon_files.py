@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from source_models import make_source
 
 from posttrain.data.documents import Document, write_dataset
 from posttrain.errors import RecipeError, StageError
+from posttrain.launch.execute import measure
 from posttrain.methods.export import falcon, write
 from posttrain.methods.export.config import ExportConfig
+from posttrain.methods.export.falcon import to_falcon
 from posttrain.methods.export.program import main
 from posttrain.methods.export.stage import Export
 from posttrain.methods.export.write import Given
@@ -143,6 +147,25 @@ def test_the_plan_says_what_the_stock_classes_cost(tmp_path) -> None:
     more = stock.parameters - native.parameters
     assert stock.disk_bytes == 2 * stock.parameters and f"{more:,} parameters more" in stock.notes[0]
     assert stock.memory == {"model": 4 * native.parameters, "exports": 8 * stock.parameters}
+
+
+def test_a_run_takes_the_folder_of_other_classes_and_looks_at_its_weights(tmp_path) -> None:
+    cfg, meta = ExportConfig(to="falcon_h1"), model_meta(save(tmp_path))
+    folder = save_model(to_falcon(make_hybrid(MIXED)), tiny_tokenizer(), tmp_path / "stock")
+    predicted = Export().describe(cfg, {"model": meta})["model"]
+    assert predicted.extra["stock"] == "falcon_h1"
+
+    def measured(prediction: ArtifactMeta) -> ArtifactMeta:
+        job = SimpleNamespace(stage="export", predicted={"model": prediction.to_json()})
+        return measure(Export(), job, "model", folder)
+
+    assert measured(predicted) == predicted
+    with pytest.raises(RecipeError, match="unsupported architecture: model_type 'falcon_h1'"):
+        measured(replace(predicted, extra={}))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(RecipeError, match="truncated"):
+        measured(predicted)
 
 
 @pytest.mark.parametrize(
