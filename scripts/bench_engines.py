@@ -1,14 +1,18 @@
-"""A training stage under several engines through the real command: same loss curve, tokens a second, memory a rank.
+"""A training stage under several engines through the real command: same loss curve, speed, memory a rank.
 
     python scripts/bench_engines.py --out DIR --recipe x_ecomla --stage distill --arms gpu:1 zero2:1 fsdp2:1 \\
         --set scale=gpu1 model.path=SmolLM2-135M-Instruct stages.distill.max_steps=60 --csv docs/results
     python scripts/bench_engines.py --out DIR --arms cpu:1 ddp:2 fsdp2:2 --device cpu --set scale=smoke  # smoke test
-    python scripts/bench_engines.py --out DIR --arms ddp:1 ddp:2 --kill 2 --set …   # and a rank killed, then resumed
+    python scripts/bench_engines.py --out DIR --arms gpu:1 ddp:1 ddp:2 --kill 2 --gpus 2 --set …   # a rank killed, too
+    python scripts/bench_engines.py --out DIR --recipe grpo --stage rl --arms gpu:1 ddp:2 --gpus 2 --share 2 --set …
 
-An arm is ENGINE:RANKS. What comes before the stage is made once. Every arm forces the stage anew and reads its manifest
-and history; the first arm is the reference of the others. Efficiency is tokens a second over ranks times those of the
-same engine at one rank. Memory planned is `posttrain plan`'s, a rank. Each final model is loaded by plain transformers
-in a process of its own that cannot import posttrain.
+An arm is ENGINE:RANKS. The first one is the reference of the others, and what comes before the stage is made with it.
+The others start from links to that, each in a folder of its own, and train the stage anew. An arm has as many of
+`--gpus` to itself as it has ranks, so that arms of one rank run side by side; with `--share N` each GPU carries N arms
+and no speed is told. Efficiency is steps a second (of the second half) over ranks times those of the same engine at one
+rank. Memory planned is `posttrain plan`'s, a rank. Each final model is loaded by plain transformers in a process that
+cannot import posttrain. `--kill STEP` does every arm of several ranks once more, kills its last rank after that step
+and resumes.
 """
 
 from __future__ import annotations
@@ -17,10 +21,15 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,16 +55,32 @@ class Row:
     device: str
     ranks: int
     steps: int
-    first_loss: float
-    last_loss: float
-    loss_difference: float
+    first_value: float
+    last_value: float
+    difference: float
     grad_norm_difference: float
-    tokens_per_second: float
+    first_grad_norm_difference: float
+    steps_per_second: float | None
     efficiency: float | None
     peak_gib: float
     planned_gib: float
     loads_in_transformers: bool
     resumed_difference: float | None = None
+
+
+@dataclass
+class Arm:
+    """One arm's run: what its artifact says, and what else was found out about it."""
+
+    engine: str
+    ranks: int
+    manifest: dict[str, Any]
+    history: list[dict[str, float]]
+    times: list[float]
+    """When each step was told, in seconds."""
+    planned_gib: float = 0.0
+    loads: bool = False
+    resumed: list[dict[str, float]] | None = None
 
 
 class Bench:
@@ -64,151 +89,224 @@ class Bench:
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         self.out.mkdir(parents=True, exist_ok=True)
+        self.free = {gpu: arguments.share for gpu in range(arguments.gpus)}
+        self.changed = threading.Condition()
 
-    def words(self, engine: str, ranks: int) -> list[str]:
-        words = [self.arguments.recipe, *self.arguments.set, f"paths.outputs={self.out}", f"engine={engine}"]
+    def words(self, engine: str, ranks: int, out: Path) -> list[str]:
+        words = [self.arguments.recipe, *self.arguments.set, f"paths.outputs={out}", f"engine={engine}"]
         if self.arguments.device:
             words.append(f"engine.device={self.arguments.device}")
         return words if ranks == 1 and engine in ("cpu", "gpu", "auto") else [*words, f"engine.ranks={ranks}"]
 
-    def posttrain(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "posttrain", *words]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-        if check and done.returncode:
-            sys.exit(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-        return done
+    def command(self, *words: str, gpus: list[int]) -> subprocess.Popen[str]:
+        seen = {} if self.arguments.device == "cpu" else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        return subprocess.Popen(
+            [sys.executable, "-m", "posttrain", *words],
+            env={**self.environment, **seen},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
-    def run(self, engine: str, ranks: int, name: str) -> tuple[dict[str, Any], list[dict[str, float]], Path]:
-        """The stage under one engine: manifest, history and folder of its artifact."""
-        stage, words = self.arguments.stage, self.words(engine, ranks)
-        self.posttrain("run", *words, "--until", stage, "--force", stage, "--name", name, "--yes")
-        return self.artifact(name)
+    def posttrain(self, *words: str, gpus: list[int]) -> str:
+        process = self.command(*words, gpus=gpus)
+        output, errors = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(words)}\nexit {process.returncode}\n{output[-3000:]}\n{errors[-6000:]}")
+        return output
 
-    def artifact(self, name: str) -> tuple[dict[str, Any], list[dict[str, float]], Path]:
-        folder = (self.out / "runs" / name / "artifacts" / self.arguments.stage).resolve()
-        manifest = json.loads((folder / "manifest.json").read_text())
+    @contextmanager
+    def gpus(self, ranks: int) -> Iterator[list[int]]:
+        """The GPUs for an arm, once enough of them are free."""
+        with self.changed:
+            self.changed.wait_for(lambda: sum(left > 0 for left in self.free.values()) >= ranks)
+            taken = sorted(self.free, key=lambda gpu: (-self.free[gpu], gpu))[:ranks]
+            for gpu in taken:
+                self.free[gpu] -= 1
+        try:
+            yield sorted(taken)
+        finally:
+            with self.changed:
+                for gpu in taken:
+                    self.free[gpu] += 1
+                self.changed.notify_all()
+
+    def run(self, engine: str, ranks: int, out: Path) -> Arm:
+        """The stage under one engine."""
+        stage, words = self.arguments.stage, self.words(engine, ranks, out)
+        with self.gpus(ranks) as gpus:
+            self.posttrain("run", *words, "--until", stage, "--force", stage, "--name", "arm", "--yes", gpus=gpus)
+        arm = Arm(engine, ranks, *self.artifact(out, "arm"), self.times(out))
+        # Both look at the arm's own folder alone, and at no clock.
+        arm.planned_gib, arm.loads = self.planned(engine, ranks, out), self.loads(out)
+        return arm
+
+    def artifact(self, out: Path, name: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        folder = out / "runs" / name / "artifacts" / self.arguments.stage
         lines = (folder / "history" / "history.jsonl").read_text().splitlines()
-        return manifest, [json.loads(line) for line in lines], folder
+        return json.loads((folder / "manifest.json").read_text()), [json.loads(line) for line in lines]
 
-    def planned(self, engine: str, ranks: int) -> float:
+    def times(self, out: Path) -> list[float]:
+        events = map(json.loads, (out / "runs" / "arm" / "events.jsonl").read_text().splitlines())
+        stage = self.arguments.stage
+        return [one["time"] for one in events if one["event"] == "metrics" and one["stage"] == stage]
+
+    def planned(self, engine: str, ranks: int, out: Path) -> float:
         """GiB a rank; on the host the plan is of all ranks together."""
-        plan = json.loads(self.posttrain("plan", *self.words(engine, ranks), "--json").stdout)
+        gpus = list(range(ranks))
+        plan = json.loads(self.posttrain("plan", *self.words(engine, ranks, out), "--json", gpus=gpus))
         (stage,) = (one for one in plan["stages"] if one["name"] == self.arguments.stage)
         total = sum(stage["estimate"]["memory"].values()) / GIB
         return total / ranks if self.arguments.device == "cpu" else total
 
-    def loads(self, folder: Path) -> bool:
-        environment = {name: value for name, value in self.environment.items() if name != "PYTHONPATH"}
+    def loads(self, out: Path) -> bool:
         site = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and ROOT not in
                 (Path(path).resolve(), Path(path).resolve().parent)]  # fmt: skip
-        environment["PYTHONPATH"] = os.pathsep.join(site)
-        command = [sys.executable, "-c", LOAD, str(folder / "model")]
+        environment = {**self.environment, "PYTHONPATH": os.pathsep.join(site), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", LOAD, str(out / "runs" / "arm" / "artifacts" / self.arguments.stage / "model")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd="/")
         if done.returncode:
             print(done.stderr[-1500:], flush=True)
         return done.returncode == 0
 
-    def killed(self, engine: str, ranks: int, name: str, step: int) -> list[dict[str, float]]:
+    def killed(self, engine: str, ranks: int, out: Path) -> list[dict[str, float]]:
         """The history of a run of which the last rank is killed after a step and that is resumed then."""
-        stage, words = self.arguments.stage, self.words(engine, ranks)
-        command = ["run", *words, f"stages.{stage}.save_every=2", "--until", stage, "--force", stage, "--name", name]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "posttrain", *command, "--yes"],
-            env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        events = self.out / "runs" / name / "events.jsonl"
-        while not (events.exists() and f'"step": {step},' in events.read_text()):
-            if process.poll() is not None:
-                sys.exit(f"the run that was to be killed ended by itself with {process.returncode}")
-            time.sleep(0.05)
-        began = time.monotonic()
-        os.kill(rank_process(ranks - 1), signal.SIGKILL)
-        code = process.wait()
-        print(
-            f"killed rank {ranks - 1} after step {step}: exit {code} after {time.monotonic() - began:.1f} s", flush=True
-        )
-        self.posttrain("resume", name, "--outputs", str(self.out))
-        return self.artifact(name)[1]
+        stage, words, step = self.arguments.stage, self.words(engine, ranks, out), self.arguments.kill
+        words += [f"stages.{stage}.save_every={self.arguments.save_every}", "--until", stage, "--force", stage]
+        with self.gpus(ranks) as gpus:
+            process = self.command("run", *words, "--name", "killed", "--yes", gpus=gpus)
+            events = out / "runs" / "killed" / "events.jsonl"
+            while not (events.exists() and f'"step": {step},' in events.read_text()):
+                if process.poll() is not None:
+                    raise RuntimeError(f"ended by itself with {process.returncode}: {process.communicate()[1][-3000:]}")
+                time.sleep(0.05)
+            began = time.monotonic()
+            os.kill(rank_process(ranks - 1, out), signal.SIGKILL)
+            process.communicate()
+            took = time.monotonic() - began
+            said = (
+                f"killed rank {ranks - 1} of {engine} after step {step}: exit {process.returncode} after {took:.1f} s"
+            )
+            print(said, flush=True)
+            self.posttrain("resume", "killed", "--outputs", str(out), gpus=gpus)
+        return self.artifact(out, "killed")[1]
+
+    def folder(self, arm: str) -> Path:
+        return self.out / arm.replace(":", "-")
+
+    def measure(self, text: str, prepared: Path | None) -> Arm:
+        """One arm, and where asked for once more with a rank killed; from what `prepared` holds before the stage."""
+        engine, _, ranks = text.partition(":")
+        count, out, began = int(ranks or 1), self.folder(text), time.monotonic()
+        if prepared:
+            link(prepared, out)
+        arm = self.run(engine, count, out)
+        if self.arguments.kill and count > 1:
+            arm.resumed = self.killed(engine, count, out)
+        print(f"{text}: {time.monotonic() - began:.0f} s", flush=True)
+        return arm
 
 
-def rank_process(rank: int) -> int:
+def link(source: Path, target: Path) -> None:
+    """`target` with the artifacts of `source`; files of a store are never written again."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source / "store", target / "store", symlinks=True, copy_function=os.link)
+
+
+def rank_process(rank: int, out: Path) -> int:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"posttrain.launch.rank" not in (folder / "cmdline").read_bytes():
+            command = (folder / "cmdline").read_bytes()
+            if b"posttrain.launch.rank" not in command or os.fsencode(f"{out}/") not in command:
                 continue
             if f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 return int(folder.name)
         except OSError:
             continue
-    sys.exit(f"there is no rank {rank}")
+    raise RuntimeError(f"there is no rank {rank}")
 
 
 def difference(one: list[dict[str, float]], other: list[dict[str, float]], name: str) -> float:
-    """The largest relative difference of two curves."""
-    pairs = zip(one, other, strict=True)
-    return max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-12) for a, b in pairs)
+    """The largest relative difference of two curves; where one passes through 0, a twentieth of its height counts."""
+    floor = 0.05 * max(abs(a[name]) for a in one) or 1e-12
+    return max(abs(a[name] - b[name]) / max(abs(a[name]), floor) for a, b in zip(one, other, strict=True))
 
 
-def main() -> None:
+def speed(arm: Arm) -> float:
+    """Steps a second over the second half, where all is compiled and every buffer is there."""
+    half = arm.times[len(arm.times) // 2 :]
+    return (len(half) - 1) / (half[-1] - half[0]) if len(half) > 1 else 0.0
+
+
+def row(text: str, arm: Arm, arms: dict[str, Arm], options: argparse.Namespace) -> Row:
+    reference, name = arms[options.arms[0]].history, options.curve
+    alone = arms.get(f"{arm.engine}:1")
+    timed = options.share == 1
+    return Row(
+        arm=text,
+        device=arm.manifest["host"].get("gpu") or arm.manifest["engine"]["device"],
+        ranks=arm.ranks,
+        steps=len(arm.history),
+        first_value=arm.history[0][name],
+        last_value=arm.history[-1][name],
+        difference=difference(reference, arm.history, name),
+        grad_norm_difference=difference(reference, arm.history, "grad_norm"),
+        first_grad_norm_difference=difference(reference[:1], arm.history[:1], "grad_norm"),
+        steps_per_second=speed(arm) if timed else None,
+        efficiency=speed(arm) / (arm.ranks * speed(alone)) if timed and alone and speed(alone) else None,
+        peak_gib=arm.manifest["metrics"]["timing"]["peak_memory_bytes"] / GIB,
+        planned_gib=arm.planned_gib,
+        loads_in_transformers=arm.loads,
+        resumed_difference=difference(arm.history, arm.resumed, name) if arm.resumed else None,
+    )
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="x_ecomla")
     parser.add_argument("--stage", default="distill")
     parser.add_argument("--arms", nargs="+", required=True, metavar="ENGINE:RANKS")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="engine.device, where the engine's own will not do")
+    parser.add_argument("--curve", default="loss", help="the metric of the history that is compared: loss, reward, …")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs, or as many ranks as the CPU shall carry at once")
+    parser.add_argument("--share", type=int, default=1, help="arms a GPU carries at once; above 1 nothing is timed")
     parser.add_argument("--kill", type=int, metavar="STEP", help="arms of several ranks once more, killed and resumed")
+    parser.add_argument("--save-every", type=int, default=2, help="steps between the checkpoints of what is killed")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--csv", type=Path, help="folder for bench_engines_STAGE.csv and the curves")
-    arguments = parser.parse_args()
-    bench, rows, curves = Bench(arguments), [], {}
-    speeds: dict[str, float] = {}
-    for number, arm in enumerate(arguments.arms):
-        engine, _, ranks = arm.partition(":")
-        count, name = int(ranks or 1), f"{number}-{engine}-{ranks or 1}"
-        began = time.monotonic()
-        manifest, history, folder = bench.run(engine, count, name)
-        reference = curves.setdefault("reference", history)
-        curves[arm] = history
-        timing = manifest["metrics"]["timing"]
-        speed = timing["tokens_per_second"]
-        if count == 1:
-            speeds[engine] = speed
-        alone = speeds.get(engine)
-        row = Row(
-            arm=arm,
-            device=manifest["host"].get("gpu") or manifest["engine"]["device"],
-            ranks=count,
-            steps=len(history),
-            first_loss=history[0]["loss"],
-            last_loss=history[-1]["loss"],
-            loss_difference=difference(reference, history, "loss"),
-            grad_norm_difference=difference(reference, history, "grad_norm"),
-            tokens_per_second=speed,
-            efficiency=None if alone is None else speed / (count * alone),
-            peak_gib=timing["peak_memory_bytes"] / GIB,
-            planned_gib=bench.planned(engine, count),
-            loads_in_transformers=bench.loads(folder),
-        )
-        if arguments.kill and count > 1:
-            resumed = bench.killed(engine, count, f"{name}-killed", arguments.kill)
-            row.resumed_difference = difference(history, resumed, "loss")
-        rows.append(row)
-        print(f"{time.monotonic() - began:.0f} s  {json.dumps(asdict(row))}", flush=True)
-        if arguments.csv:
-            write(arguments.csv, arguments.stage, rows, curves)
+    options = parser.parse_args()
+    options.gpus = max(options.gpus, *(int(arm.partition(":")[2] or 1) for arm in options.arms))
+    bench, arms, failed = Bench(options), {}, 0
+    first, *others = options.arms
+    arms[first] = bench.measure(first, None)
+    with ThreadPoolExecutor(len(options.arms)) as pool:
+        tasks = {pool.submit(bench.measure, text, bench.folder(first)): text for text in others}
+        for task in as_completed(tasks):
+            try:
+                arms[tasks[task]] = task.result()
+            except (RuntimeError, OSError) as error:
+                print(f"{tasks[task]}: {error}", flush=True)
+                failed = 1
+            if options.csv:
+                write(options.csv, arms, options)
+    for text in options.arms:
+        if text in arms:
+            print(json.dumps(asdict(row(text, arms[text], arms, options))), flush=True)
+    if options.csv:
+        write(options.csv, arms, options)
+    return failed
 
 
-def write(folder: Path, stage: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> None:
+def write(folder: Path, arms: dict[str, Arm], options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"bench_engines_{stage}.csv").open("w", newline="") as file:
+    with (folder / f"bench_engines_{options.stage}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    kept = {arm: [[one["loss"], one["grad_norm"]] for one in history] for arm, history in curves.items()}
-    (folder / f"bench_engines_{stage}_curves.json").write_text(json.dumps(kept))
+        writer.writerows(asdict(row(text, arms[text], arms, options)) for text in options.arms if text in arms)
+    kept = {arm: [[one[options.curve], one["grad_norm"]] for one in arms[arm].history] for arm in arms}
+    (folder / f"bench_engines_{options.stage}_curves.json").write_text(json.dumps(kept))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

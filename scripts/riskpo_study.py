@@ -1,10 +1,10 @@
 """GRPO, Dr. GRPO and RiskPO's variants at equal roll-outs: one model, several seeds, the same held-out problems.
 
     python scripts/riskpo_study.py prepare --model FOLDER --out DIR        # data, and the format taught by sft
-    python scripts/riskpo_study.py run --out DIR --parallel 4              # every arm and seed that is not done yet
+    python scripts/riskpo_study.py run --out DIR --parallel 4 --gpus 2     # every arm and seed that is not done yet
     python scripts/riskpo_study.py report --out DIR --to docs/results/riskpo_study
 
-An arm is the stage itself, in a process of its own, `--parallel` at once on one device; what was done is in
+An arm is the stage itself, in a process of its own, `--parallel` at once on each device; what was done is in
 `DIR/results`, a JSON file an arm and seed, so that a study may be spread over several sittings. Training problems and
 held-out ones come from ranges of seeds that cannot meet, and are the same for all arms; the seed decides the order of
 the questions and every draw.
@@ -136,30 +136,34 @@ def run_all(options: argparse.Namespace) -> None:
     todo = [
         (arm, seed) for seed in options.seeds for arm in options.arms if not (results / f"{arm}-{seed}.json").exists()
     ]
-    running: dict[subprocess.Popen[bytes], tuple[str, int, float]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[str, int, float, int]] = {}
+    places = [gpu for _ in range(options.parallel) for gpu in range(options.gpus)]
     began, longest = time.time(), 0.0
     while todo or running:
         spare = options.deadline - (time.time() - began)
-        while todo and len(running) < options.parallel and spare > 1.1 * longest:
-            arm, seed = todo.pop(0)
-            running[start(arm, seed, options)] = (arm, seed, time.time())
+        while todo and places and spare > 1.1 * longest:
+            (arm, seed), gpu = todo.pop(0), places.pop(0)
+            running[start(arm, seed, gpu, options)] = (arm, seed, time.time(), gpu)
         if not running:
             break
         time.sleep(0.5)
         for process in [process for process in running if process.poll() is not None]:
-            arm, seed, since = running.pop(process)
+            arm, seed, since, gpu = running.pop(process)
+            places.append(gpu)
             longest = max(longest, time.time() - since)
             print(f"{arm} {seed}: {time.time() - since:.0f} s, exit {process.returncode}", flush=True)
     print(f"left: {len(todo)}; {time.time() - began:.0f} s", flush=True)
 
 
-def start(arm: str, seed: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+def start(arm: str, seed: int, gpu: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     logs = options.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "one", "--out", str(options.out), "--arm", arm, "--seed", str(seed)]
     command += ["--device", options.device, "--heldout", str(options.heldout), "--samples", str(options.samples)]
     command += ["--set", json.dumps(options.set)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if options.device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     with (logs / f"{arm}-{seed}.log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -195,7 +199,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--arm", choices=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--parallel", type=int, default=1, help="arms at once on a GPU")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no arm is started")
     parser.add_argument("--train", type=int, default=6000, help="training problems")
     parser.add_argument("--heldout", type=int, default=HELDOUT, help="held-out problems")
