@@ -90,6 +90,7 @@ class Bench:
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         self.out.mkdir(parents=True, exist_ok=True)
         self.free = {gpu: arguments.share for gpu in range(arguments.gpus)}
+        self.waiting = set(arguments.arms)
         self.changed = threading.Condition()
 
     def words(self, engine: str, ranks: int, out: Path) -> list[str]:
@@ -116,10 +117,17 @@ class Bench:
         return output
 
     @contextmanager
-    def gpus(self, ranks: int) -> Iterator[list[int]]:
-        """The GPUs for an arm, once enough of them are free."""
+    def gpus(self, ranks: int, arm: str | None = None) -> Iterator[list[int]]:
+        """The GPUs for an arm, once enough of them are free; first runs in the order in which arms were named."""
+
+        def may_start() -> bool:
+            mine = arm is None or arm == next(one for one in self.arguments.arms if one in self.waiting)
+            return mine and sum(left > 0 for left in self.free.values()) >= ranks
+
         with self.changed:
-            self.changed.wait_for(lambda: sum(left > 0 for left in self.free.values()) >= ranks)
+            self.changed.wait_for(may_start)
+            self.waiting.discard(arm or "")
+            self.changed.notify_all()
             taken = sorted(self.free, key=lambda gpu: (-self.free[gpu], gpu))[:ranks]
             for gpu in taken:
                 self.free[gpu] -= 1
@@ -131,10 +139,10 @@ class Bench:
                     self.free[gpu] += 1
                 self.changed.notify_all()
 
-    def run(self, engine: str, ranks: int, out: Path) -> Arm:
+    def run(self, engine: str, ranks: int, out: Path, text: str) -> Arm:
         """The stage under one engine."""
         stage, words = self.arguments.stage, self.words(engine, ranks, out)
-        with self.gpus(ranks) as gpus:
+        with self.gpus(ranks, text) as gpus:
             self.posttrain("run", *words, "--until", stage, "--force", stage, "--name", "arm", "--yes", gpus=gpus)
         arm = Arm(engine, ranks, *self.artifact(out, "arm"), self.times(out))
         # Both look at the arm's own folder alone, and at no clock.
@@ -200,7 +208,7 @@ class Bench:
         count, out, began = int(ranks or 1), self.folder(text), time.monotonic()
         if prepared:
             link(prepared, out)
-        arm = self.run(engine, count, out)
+        arm = self.run(engine, count, out, text)
         if self.arguments.kill and count > 1:
             arm.resumed = self.killed(engine, count, out)
         print(f"{text}: {time.monotonic() - began:.0f} s", flush=True)
