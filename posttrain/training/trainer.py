@@ -199,8 +199,7 @@ class StageTrainer(ShardedTrainer):
         """
         reasons = {
             "it needs a GPU": self.args.device.type != "cuda",
-            "it works on one rank": self.ctx.world_size > 1,
-            "it needs the whole model": self.sharding is not None,
+            "it needs the whole model on every rank": self.sharding is not None,
             "batches differ in shape": not self.whole_rows,
             "the model has dropout": speed.draws_random(self.model),
             "a model reads the device while it computes": any(

@@ -12,7 +12,7 @@ from kernel_cases import relative_error, requires_cuda
 from posttrain_kernels.ssd_scan import ssd_scan, ssd_step, ssd_step_reference
 from posttrain_kernels.ssd_scan.tiles import Plan, Tile, candidates, choose_plan
 from posttrain_kernels.ssd_scan.torch_scan import chunked_scan
-from posttrain_kernels.ssd_scan.triton_scan import ASKED, triton_scan
+from posttrain_kernels.ssd_scan.triton_scan import triton_scan
 from ssd_scan_cases import documents, inputs, judge
 from torch import Tensor
 
@@ -21,11 +21,6 @@ pytestmark = [pytest.mark.gpu, requires_cuda]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Of operands, accumulated in fp32; a's gradient, a sum that may all but cancel, has five times as much."""
 LAYOUTS = [(8, 8, 8), (2, 2, 8), (8, 1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def _triton_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ASKED, "triton")
 
 
 def on_gpu(tensors: list[Tensor]) -> list[Tensor]:
@@ -150,7 +145,9 @@ def test_fp32_inputs_under_autocast_have_bf16_products_and_gradients_of_their_ty
 
 
 def test_memory_of_a_step_is_inputs_gradients_and_chunk_states():
-    tensors = on_gpu(inputs((32, 32, 32), rows=2, length=2048, heads=32, head=64, state=64, dtype=torch.bfloat16))
+    # Enough rows and heads for a program each: states between segments would be kept, too.
+    tensors = on_gpu(inputs((32, 32, 32), rows=8, length=512, heads=32, head=64, state=64, dtype=torch.bfloat16))
+    chunk = choose_plan(8 * 32, 512, 64, 64, 2, 64).states.chunk
     leaves = [tensor.requires_grad_() for tensor in tensors]
 
     def step():
@@ -166,8 +163,9 @@ def test_memory_of_a_step_is_inputs_gradients_and_chunk_states():
     assert held <= y.nbytes + last.nbytes + 2**20, "something of the forward pass is kept beside its outputs"
     del y, last
     step()
-    # y and its gradient, three gradients, chunk states: six tensors of x's size, and small ones.
-    assert torch.cuda.max_memory_allocated() - before < 6.5 * leaves[0].nbytes + 4 * leaves[6].nbytes
+    # y and its gradient, three gradients, all of x's size, chunk states, and small ones.
+    most = (5.5 + 64 / chunk) * leaves[0].nbytes + 4 * leaves[6].nbytes
+    assert torch.cuda.max_memory_allocated() - before < most
 
 
 def captured(run):

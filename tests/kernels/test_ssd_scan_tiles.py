@@ -26,8 +26,9 @@ def test_what_is_chosen_is_among_the_candidates_that_are_judged(head, state, ite
 
 @pytest.mark.parametrize(("chunk", "tokens"), [(1, 16), (16, 16), (63, 32), (64, 64), (500, 64)])
 def test_a_caller_may_ask_for_shorter_chunks(chunk, tokens):
-    plan = choose_plan(256, 4096, 64, 64, 2, chunk)
-    assert plan.forward.chunk == plan.states.chunk == plan.backward.chunk == tokens
+    plan, own = choose_plan(256, 4096, 64, 64, 2, chunk), choose_plan(256, 4096, 64, 64, 2, 64)
+    assert plan.forward.chunk == min(tokens, own.forward.chunk)
+    assert plan.states.chunk == plan.backward.chunk == min(tokens, own.backward.chunk)
 
 
 def test_rows_are_cut_where_they_leave_the_card_idle():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_auto_leaves_alone_what_cannot_be_captured(tmp_path, changes, captures):
     trainer = make_trainer(tmp_path, make_model(**changes))
     trainer.args.__dict__["_setup_devices"] = torch.device("cuda", 0)  # as on a GPU machine
     assert trainer.captures == captures
+
+
+def test_ranks_that_hold_the_whole_model_capture(tmp_path):
+    """Gradients are added between the graphs; what is in shards is gathered within the step, by other ranks too."""
+    trainer = make_trainer(tmp_path)
+    trainer.args.__dict__["_setup_devices"] = torch.device("cuda", 0)
+    trainer.ctx = replace(trainer.ctx, world_size=2, strategy="ddp")
+    assert trainer.captures
+    trainer.sharding = object()
+    assert not trainer.captures
 
 
 @pytest.mark.gpu

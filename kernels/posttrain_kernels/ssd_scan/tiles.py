@@ -53,10 +53,11 @@ class Plan:
             raise ValueError(f"chunks of {chunks} tokens do not fit each other or segments of {self.segment}")
 
 
-FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2)}
+FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2)}
 STATES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
-BACKWARD = {64: Tile(64, 128, 4, 2), 128: Tile(32, 128, 8, 1)}
-"""By the wider of P and N (at most), for 16-bit operands. Not tuned on a device yet (`scripts/tune_ssd_scan.py`)."""
+BACKWARD = {64: Tile(32, 128, 4, 2), 128: Tile(32, 128, 8, 1)}
+"""By the wider of P and N (at most), for 16-bit operands. Those of 64 were the fastest on an H100
+(`scripts/tune_ssd_scan.py --groups 32 32 32`); those of 128 were chosen by what the compiler says."""
 WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 """Forward, states and backward where products have fp32 operands: right, not fast."""
 

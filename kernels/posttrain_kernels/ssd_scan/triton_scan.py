@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import interpreted, use_triton
+from ..dispatch import use_triton
 from .tiles import WIDTHS, Plan
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-ASKED = "POSTTRAIN_SSD_SCAN"
-"""Environment variable: these kernels have been interpreted and compiled, but not run on a GPU yet. Until the GPU tests
-have, CUDA tensors go to them only where this is `triton`, and to torch otherwise."""
-
-
-def asked() -> bool:
-    """Whether the kernels may run: interpreted, or asked for on a GPU."""
-    return interpreted() or os.environ.get(ASKED) == "triton"
 
 
 def supports_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor | None
 ) -> bool:
-    """Whether the kernels run this: `asked`, widths of 16 to 128 in powers of two, no fp64, some rows."""
+    """Whether the kernels run this: widths of 16 to 128 in powers of two, no fp64, some rows."""
     tensors = [tensor for tensor in (x, dt, a, b, c, d, state) if tensor is not None]
     fits = x.shape[-1] in WIDTHS and b.shape[-1] in WIDTHS and x.shape[0] > 0
-    return fits and all(tensor.dtype in TYPES for tensor in tensors) and asked() and use_triton(*tensors)
+    return fits and all(tensor.dtype in TYPES for tensor in tensors) and use_triton(*tensors)
 
 
 def supports_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None) -> bool:
     """Whether the kernel runs this step: any width, no fp64, a state whose last dimension is dense."""
     tensors = [tensor for tensor in (x, dt, a, b, c, d) if tensor is not None]
     fits = state.dtype == torch.float32 and state.stride(-1) == 1
-    return fits and all(tensor.dtype in TYPES for tensor in tensors) and asked() and use_triton(state, *tensors)
+    return fits and all(tensor.dtype in TYPES for tensor in tensors) and use_triton(state, *tensors)
 
 
 def triton_scan(

@@ -71,9 +71,14 @@ class DistillTrainer(StageTrainer):
             self.teacher_head = teacher.get_output_embeddings().weight.detach().to(self.args.device)
             self._shard_teacher(teacher)
 
+    @property
+    def shards_teacher(self) -> bool:
+        """Whether every rank holds a part of the teacher."""
+        return self.config.teacher_sharding == "sharded" and self.ctx.world_size > 1
+
     def _shard_teacher(self, teacher: PreTrainedModel) -> None:
         """Where it is asked for. The head stays whole, apart from embeddings that it may be tied to."""
-        if self.config.teacher_sharding == "replicated" or self.ctx.world_size == 1:
+        if not self.shards_teacher:
             return
         from posttrain.training.sharding.fsdp2 import shard_frozen
 
@@ -83,12 +88,17 @@ class DistillTrainer(StageTrainer):
 
     @property
     def captures(self) -> bool:
-        """As for every stage; a graph holds one device, so that a teacher on another one is against it."""
-        if self.teacher is None or self.teacher.device == self.args.device:
+        """As for every stage; a teacher on another device or in shards, which ranks gather together, is against it."""
+        against = None
+        if self.teacher is not None and self.teacher.device != self.args.device:
+            against = "the teacher is on another device"
+        elif self.teacher is not None and self.shards_teacher:
+            against = "the teacher is in shards"
+        if against is None:
             return super().captures
         if self.config.cuda_graph == "on":
             where = f"stages.{self.ctx.name}.cuda_graph"
-            raise StageError("no CUDA graph: the teacher is on another device", where=where, fix=f"{where}=auto")
+            raise StageError(f"no CUDA graph: {against}", where=where, fix=f"{where}=auto")
         return False
 
     def trained(self) -> PreTrainedModel:
