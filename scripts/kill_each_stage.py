@@ -4,8 +4,8 @@
     python scripts/kill_each_stage.py OUT compose_all scale=smoke --save-every 1
 
 OUT/whole is the undisturbed run, OUT/killed the other; what is there already is used again. Every stage is killed (-9)
-once: half way through where it reports progress, else SECONDS after its start; in turns the worker alone, or the runner
-and then the worker, as when a machine fails. Prints a Markdown table; the exit code is 1 if an artifact differs.
+once: half way through where it reports progress, else when half of the time has passed that it took undisturbed; in turns
+the worker alone, or the runner and then the worker, as when a machine fails. Prints a Markdown table; the exit code is 1 if an artifact differs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-SECONDS = 2.0
 
 
 def events_of(outputs: Path) -> list[dict[str, Any]]:
@@ -36,8 +34,8 @@ def start(outputs: Path, words: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def moment(found: list[dict[str, Any]], done: set[str]) -> tuple[str, int, str] | None:
-    """The stage to kill now, its worker's pid and how far it is; None: not yet."""
+def moment(found: list[dict[str, Any]], done: set[str], undisturbed: dict[str, float]) -> tuple[str, int, str] | None:
+    """The stage to kill now, its worker's pid and how far it is; None: not yet. `undisturbed`: seconds of every stage."""
     started = [event for event in found if event["event"] == "stage_started"]
     if not started or started[-1]["stage"] in done:
         return None
@@ -54,7 +52,7 @@ def moment(found: list[dict[str, Any]], done: set[str]) -> tuple[str, int, str] 
             else None
         )
     waited = time.time() - started[-1]["time"]
-    return (stage, pid, f"{waited:.1f} s after its start") if waited >= SECONDS else None
+    return (stage, pid, f"{waited:.1f} s after its start") if waited >= undisturbed[stage] / 2 else None
 
 
 def kill(pid: int) -> None:
@@ -66,14 +64,14 @@ def kill(pid: int) -> None:
         time.sleep(0.05)
 
 
-def killed_run(outputs: Path, words: list[str]) -> dict[str, str]:
+def killed_run(outputs: Path, words: list[str], undisturbed: dict[str, float]) -> dict[str, str]:
     """Run until nothing is left to kill; for every stage how it was killed."""
     told: dict[str, str] = {}
     while True:
         runner = start(outputs, words)
         while runner.poll() is None:
             time.sleep(0.02)
-            now = moment(events_of(outputs), set(told))
+            now = moment(events_of(outputs), set(told), undisturbed)
             if now is None:
                 continue
             stage, pid, when = now
@@ -96,10 +94,9 @@ def artifacts(outputs: Path) -> dict[str, dict[str, str]]:
     (record,) = outputs.glob("runs/*/run.json")
     found = {}
     for stage in json.loads(record.read_text(encoding="utf-8"))["stages"]:
-        manifest = json.loads((outputs / "store" / stage["type"] / stage["key"] / "manifest.json").read_text())
         found[stage["name"]] = {
             f"{name}/{file}": facts["sha256"]
-            for name, output in manifest["outputs"].items()
+            for name, output in manifest(outputs, stage)["outputs"].items()
             for file, facts in output["files"].items()
         }
     return found
@@ -118,10 +115,9 @@ def main() -> int:
         raise SystemExit(f"the undisturbed run ended with {code}: {whole / 'command.log'}")
     (record,) = whole.glob("runs/*/run.json")
     stages = json.loads(record.read_text(encoding="utf-8"))["stages"]
-    saves = [
-        f"stages.{s['name']}.save_every={options.save_every}" for s in stages if "save_every" in _settings(whole, s)
-    ]
-    told = killed_run(killed, [*options.words, *saves])
+    made = {stage["name"]: manifest(whole, stage) for stage in stages}
+    saves = [f"stages.{name}.save_every={options.save_every}" for name in made if "save_every" in made[name]["config"]]
+    told = killed_run(killed, [*options.words, *saves], {name: made[name]["seconds"] for name in made})
     ours, theirs = artifacts(whole), artifacts(killed)
     print("\n| stage | killed | started | files | equal |\n|---|---|---|---|---|")
     started = [event["stage"] for event in events_of(killed) if event["event"] == "stage_started"]
@@ -131,9 +127,8 @@ def main() -> int:
     return int(ours != theirs)
 
 
-def _settings(outputs: Path, stage: dict[str, Any]) -> dict[str, Any]:
-    manifest = json.loads((outputs / "store" / stage["type"] / stage["key"] / "manifest.json").read_text())
-    return manifest["config"]
+def manifest(outputs: Path, stage: dict[str, Any]) -> dict[str, Any]:
+    return json.loads((outputs / "store" / stage["type"] / stage["key"] / "manifest.json").read_text())
 
 
 if __name__ == "__main__":
