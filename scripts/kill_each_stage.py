@@ -4,8 +4,9 @@
     python scripts/kill_each_stage.py OUT compose_all scale=smoke --save-every 1
 
 OUT/whole is the undisturbed run, OUT/killed the other; what is there already is used again. Every stage is killed (-9)
-once: half way through where it reports progress, else when half of the time has passed that it took undisturbed; in turns
-the worker alone, or the runner and then the worker, as when a machine fails. Prints a Markdown table; the exit code is 1 if an artifact differs.
+once: half way through where it reports progress, else when half of the time has passed that it took undisturbed; in
+turns the worker alone, or the runner and then the worker, as when a machine fails. Prints a Markdown table; the exit
+code is 1 if an artifact differs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def start(outputs: Path, words: list[str]) -> subprocess.Popen[bytes]:
 
 
 def moment(found: list[dict[str, Any]], done: set[str], undisturbed: dict[str, float]) -> tuple[str, int, str] | None:
-    """The stage to kill now, its worker's pid and how far it is; None: not yet. `undisturbed`: seconds of every stage."""
+    """The stage to kill now, its worker's pid and how far it is; None: not yet.
+
+    `undisturbed`: seconds that every stage took.
+    """
     started = [event for event in found if event["event"] == "stage_started"]
     if not started or started[-1]["stage"] in done:
         return None
