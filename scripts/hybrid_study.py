@@ -1,18 +1,18 @@
 """Does alignment help a hybrid, and which layers should stay attention? Arms x shares x seeds at equal tokens.
 
-    python scripts/hybrid_study.py run --out study --parallel 6 --limit 560 --words model.path=M data.path=D engine=gpu
+    python scripts/hybrid_study.py run --out study --parallel 6 --gpus 2 --limit 560 \\
+        --words scale=gpu1 engine=gpu model.path=M
     python scripts/hybrid_study.py report --out study --to docs/results/hybrid_study
 
 Every arm is the recipe `zebra_llama` with a few overrides, and all arms share one store: what two of them have in
 common is computed once, by whichever comes first. Runs that are done are left out, so that the same command goes on
 where a time limit ended it. Tokens are equal: an arm without alignment gets the tokens of both alignments as
-distillation.
+distillation. What came out is in `OUT/results`, a file a run; the report needs no more.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import signal
@@ -45,7 +45,6 @@ ARMS: dict[str, list[str]] = {
 }
 """Overrides of the recipe; where an arm says nothing: published start, both alignments, `smart`."""
 SHARES = (0.25, 0.5)
-FIGURES = ("perplexity", "kl", "top1_agreement")
 
 
 def overrides(arm: str, share: float, seed: int, options: argparse.Namespace) -> list[str]:
@@ -72,9 +71,10 @@ def overrides(arm: str, share: float, seed: int, options: argparse.Namespace) ->
 def run(options: argparse.Namespace) -> int:
     """Start runs, `--parallel` at a time, until none is left or the time is up; the exit code is 1 if one failed."""
     jobs = [(arm, share, seed) for seed in options.seeds for share in options.shares for arm in options.arms]
-    waiting = [job for job in jobs if result_of(options.out, name(*job)) is None]
+    waiting = [job for job in jobs if not keep(options, *job)]
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done before", flush=True)
-    running: dict[subprocess.Popen[bytes], str] = {}
+    running: dict[subprocess.Popen[bytes], tuple[tuple[str, float, int], int]] = {}
+    places = [gpu for _ in range(options.parallel) for gpu in range(options.gpus)]
     began, failed = time.monotonic(), 0
     options.out.mkdir(parents=True, exist_ok=True)
     while waiting or running:
@@ -84,89 +84,65 @@ def run(options: argparse.Namespace) -> int:
             for process in running:
                 process.send_signal(signal.SIGTERM)
             waiting.clear()
-        while waiting and len(running) < options.parallel:
-            job = waiting.pop(0)
-            running[start(job, options)] = name(*job)
+        while waiting and places:
+            job, gpu = waiting.pop(0), places.pop(0)
+            running[start(job, gpu, options)] = job, gpu
         time.sleep(0.5)
         for process in [process for process in running if process.poll() is not None]:
-            done = running.pop(process)
-            found = result_of(options.out, done)
+            job, gpu = running.pop(process)
+            places.append(gpu)
+            found = keep(options, *job)
             failed += found is None and not late
-            said = f"KL {found['kl']:.4f}" if found else f"ended with {process.returncode}"
-            print(f"{time.monotonic() - began:6.0f} s  {done:32} {said}", flush=True)
+            said = f"KL {found['result']['kl']:.4f}" if found else f"ended with {process.returncode}"
+            print(f"{time.monotonic() - began:6.0f} s  {name(*job):32} {said}", flush=True)
     return int(failed > 0)
 
 
-def start(job: tuple[str, float, int], options: argparse.Namespace) -> subprocess.Popen[bytes]:
+def start(job: tuple[str, float, int], gpu: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "posttrain", "run", "zebra_llama", *overrides(*job, options), "--yes"]
     command += ["--name", name(*job), f"paths.outputs={options.out.absolute()}"]
     log = (options.out / f"{name(*job)}.log").open("ab")
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // options.parallel))}
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **threads})
+    threads = max(1, (os.cpu_count() or 2) // (options.parallel * options.gpus))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if options.gpus > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
 
 
 def name(arm: str, share: float, seed: int) -> str:
     return f"{arm}-{round(100 * share)}-{seed}"
 
 
-def result_of(out: Path, run_name: str) -> dict[str, Any] | None:
-    """Result of a finished run's evaluation with what was chosen; None while there is none."""
-    record = out / "runs" / run_name / "run.json"
+def keep(options: argparse.Namespace, arm: str, share: float, seed: int) -> dict[str, Any] | None:
+    """What a finished run came to, also written to `results`; None while it is not finished."""
+    path = options.out / "results" / f"{name(arm, share, seed)}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    record = options.out / "runs" / name(arm, share, seed) / "run.json"
     if not record.is_file():
         return None
-    found: dict[str, Any] = {}
-    for stage in json.loads(record.read_text(encoding="utf-8"))["stages"]:
-        manifest = out / "store" / stage["type"] / stage["key"] / "manifest.json"
-        if stage["name"] in ("evaluate", "select"):
-            if not manifest.is_file():
-                return None
-            result = json.loads(manifest.read_text(encoding="utf-8"))["metrics"]["result"]
-            found |= result if stage["name"] == "evaluate" else {"kept": result["kept"], "kl_chosen": result["kl_kept"]}
-    return found or None
-
-
-def report(options: argparse.Namespace) -> int:
-    """A row a run as CSV, a row an arm and share as a Markdown table: mean over seeds, and each seed's figure."""
-    rows = []
-    for arm in options.arms:
-        for share in options.shares:
-            for seed in options.seeds:
-                found = result_of(options.out, name(arm, share, seed))
-                if found is not None:
-                    figures = {figure: found[figure] for figure in FIGURES}
-                    needles = {
-                        key: value for key, value in found.items() if key.startswith("needle") and _number(value)
-                    }
-                    kept = " ".join(map(str, found["kept"]))
-                    rows.append({"arm": arm, "attention": share, "seed": seed, **figures, **needles, "kept": kept})
-    if not rows:
-        raise SystemExit(f"no finished run in {options.out}")
-    options.to.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (options.to / "runs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    shown = [column for column in columns if column not in ("arm", "attention", "seed", "kept")]
-    lines = [f"| arm | attention | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 3) + "|"]
-    for arm, share in dict.fromkeys((row["arm"], row["attention"]) for row in rows):
-        own = [row for row in rows if (row["arm"], row["attention"]) == (arm, share)]
-        cells = [_cell([row[column] for row in own if column in row]) for column in shown]
-        lines.append(f"| {arm} | {share:.0%} | {len(own)} | {' | '.join(cells)} |")
-    (options.to / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-    return 0
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "–"
-    each = f" ({', '.join(f'{value:.4g}' for value in values)})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.4g}{each}"
+    stages = {stage["name"]: stage for stage in json.loads(record.read_text(encoding="utf-8"))["stages"]}
+    folders = {key: options.out / "store" / stage["type"] / stage["key"] for key, stage in stages.items()}
+    if not (folders["evaluate"] / "manifest.json").is_file():
+        return None
+    made = {key: json.loads((folders[key] / "manifest.json").read_text(encoding="utf-8")) for key in stages}
+    tokens = made["distill"]["config"]["tokens_per_step"]
+    lines = (folders["distill"] / "history" / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = map(json.loads, lines)
+    before = sum(
+        config["max_steps"] * config["tokens_per_step"]
+        for config in (made[key]["config"] for key in made if made[key]["type"] == "ild")
+    )
+    found = {
+        **{"arm": arm, "attention": share, "seed": seed, "kept": made["select"]["metrics"]["result"]["kept"]},
+        **{"result": made["evaluate"]["metrics"]["result"], "tokens_before": before},
+        "curve": [(step["step"] * tokens, step["loss"]) for step in steps],
+        "seconds": {key: made[key]["seconds"] for key in made},
+        "device": made["distill"]["host"].get("gpu") or made["distill"]["engine"]["device"],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def main() -> int:
@@ -181,13 +157,19 @@ def main() -> int:
     parser.add_argument("--ild-tokens", type=int, default=ILD_TOKENS, help="of each alignment")
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
     parser.add_argument("--needle", default="", help="override for stages.evaluate.needle, e.g. {lengths:[2048,8192]}")
-    parser.add_argument("--parallel", type=int, default=4)
+    parser.add_argument("--parallel", type=int, default=4, help="runs at once on a GPU")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--limit", type=float, default=0, help="seconds after which runs are stopped and saved")
     parser.add_argument("--words", nargs="*", default=["scale=gpu1"], help="further overrides of every run")
     options = parser.parse_args()
     if options.command == "report" and options.to is None:
         parser.error("report needs --to")
-    return {"run": run, "report": report}[options.command](options)
+    if options.command == "run":
+        return run(options)
+    from hybrid_study_report import report
+
+    report(options.out / "results", options.to)
+    return 0
 
 
 if __name__ == "__main__":
