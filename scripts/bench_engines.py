@@ -27,9 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -99,25 +97,24 @@ class Bench:
             words.append(f"engine.device={self.arguments.device}")
         return words if ranks == 1 and engine in ("cpu", "gpu", "auto") else [*words, f"engine.ranks={ranks}"]
 
-    def command(self, *words: str, gpus: list[int]) -> subprocess.Popen[str]:
-        seen = {} if self.arguments.device == "cpu" else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
-        return subprocess.Popen(
-            [sys.executable, "-m", "posttrain", *words],
-            env={**self.environment, **seen},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def seen(self, gpus: list[int]) -> dict[str, str]:
+        """The environment of a command that sees these GPUs alone."""
+        shown = {} if self.arguments.device == "cpu" else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        return {**self.environment, **shown}
 
-    def posttrain(self, *words: str, gpus: list[int]) -> str:
-        process = self.command(*words, gpus=gpus)
-        output, errors = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(words)}\nexit {process.returncode}\n{output[-3000:]}\n{errors[-6000:]}")
-        return output
+    def start(self, out: Path, *words: str, gpus: list[int]) -> subprocess.Popen[bytes]:
+        """A command of posttrain that writes what it says into the folder's `log.txt`."""
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "posttrain", *words]
+        with (out / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, env=self.seen(gpus), stdout=log, stderr=subprocess.STDOUT)
 
-    @contextmanager
-    def gpus(self, ranks: int, arm: str | None = None) -> Iterator[list[int]]:
+    def check(self, process: subprocess.Popen[bytes], out: Path) -> None:
+        if process.wait():
+            said = (out / "log.txt").read_text(errors="replace")[-6000:]
+            raise RuntimeError(f"{' '.join(map(str, process.args))}\nexit {process.returncode}\n{said}")
+
+    def take(self, ranks: int, arm: str | None = None) -> list[int]:
         """The GPUs for an arm, once enough of them are free; first runs in the order in which arms were named."""
 
         def may_start() -> bool:
@@ -127,23 +124,35 @@ class Bench:
         with self.changed:
             self.changed.wait_for(may_start)
             self.waiting.discard(arm or "")
-            self.changed.notify_all()
             taken = sorted(self.free, key=lambda gpu: (-self.free[gpu], gpu))[:ranks]
             for gpu in taken:
                 self.free[gpu] -= 1
-        try:
-            yield sorted(taken)
-        finally:
-            with self.changed:
-                for gpu in taken:
-                    self.free[gpu] += 1
-                self.changed.notify_all()
+            self.changed.notify_all()
+        return sorted(taken)
+
+    def give(self, gpus: list[int]) -> None:
+        with self.changed:
+            for gpu in gpus:
+                self.free[gpu] += 1
+            self.changed.notify_all()
 
     def run(self, engine: str, ranks: int, out: Path, text: str) -> Arm:
-        """The stage under one engine."""
+        """The stage under one engine. Its GPUs are free for others once it has trained."""
         stage, words = self.arguments.stage, self.words(engine, ranks, out)
-        with self.gpus(ranks, text) as gpus:
-            self.posttrain("run", *words, "--until", stage, "--force", stage, "--name", "arm", "--yes", gpus=gpus)
+        gpus = self.take(ranks, text)
+        held, events = True, out / "runs" / "arm" / "events.jsonl"
+        try:
+            options = ["--until", stage, "--force", stage, "--name", "arm", "--yes"]
+            process = self.start(out, "run", *words, *options, gpus=gpus)
+            while process.poll() is None:
+                time.sleep(0.2)
+                if held and trained(events, stage):
+                    self.give(gpus)
+                    held = False
+        finally:
+            if held:
+                self.give(gpus)
+        self.check(process, out)
         arm = Arm(engine, ranks, *self.artifact(out, "arm"), self.times(out))
         # Both look at the arm's own folder alone, and at no clock.
         arm.planned_gib, arm.loads = self.planned(engine, ranks, out), self.loads(out)
@@ -162,7 +171,11 @@ class Bench:
     def planned(self, engine: str, ranks: int, out: Path) -> float:
         """GiB a rank; on the host the plan is of all ranks together."""
         gpus = list(range(ranks))
-        plan = json.loads(self.posttrain("plan", *self.words(engine, ranks, out), "--json", gpus=gpus))
+        command = [sys.executable, "-m", "posttrain", "plan", *self.words(engine, ranks, out), "--json"]
+        done = subprocess.run(command, env=self.seen(gpus), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+        plan = json.loads(done.stdout)
         (stage,) = (one for one in plan["stages"] if one["name"] == self.arguments.stage)
         total = sum(stage["estimate"]["memory"].values()) / GIB
         return total / ranks if self.arguments.device == "cpu" else total
@@ -181,22 +194,22 @@ class Bench:
         """The history of a run of which the last rank is killed after a step and that is resumed then."""
         stage, words, step = self.arguments.stage, self.words(engine, ranks, out), self.arguments.kill
         words += [f"stages.{stage}.save_every={self.arguments.save_every}", "--until", stage, "--force", stage]
-        with self.gpus(ranks) as gpus:
-            process = self.command("run", *words, "--name", "killed", "--yes", gpus=gpus)
-            events = out / "runs" / "killed" / "events.jsonl"
+        events, gpus = out / "runs" / "killed" / "events.jsonl", self.take(ranks)
+        try:
+            process = self.start(out, "run", *words, "--name", "killed", "--yes", gpus=gpus)
             while not (events.exists() and f'"step": {step},' in events.read_text()):
                 if process.poll() is not None:
-                    raise RuntimeError(f"ended by itself with {process.returncode}: {process.communicate()[1][-3000:]}")
+                    self.check(process, out)
+                    raise RuntimeError(f"{engine} with {ranks} ranks ended before it could be killed")
                 time.sleep(0.05)
             began = time.monotonic()
             os.kill(rank_process(ranks - 1, out), signal.SIGKILL)
-            process.communicate()
+            code = process.wait()
             took = time.monotonic() - began
-            said = (
-                f"killed rank {ranks - 1} of {engine} after step {step}: exit {process.returncode} after {took:.1f} s"
-            )
-            print(said, flush=True)
-            self.posttrain("resume", "killed", "--outputs", str(out), gpus=gpus)
+            print(f"{engine}: rank {ranks - 1} killed after step {step}, exit {code} after {took:.1f} s", flush=True)
+            self.check(self.start(out, "resume", "killed", "--outputs", str(out), gpus=gpus), out)
+        finally:
+            self.give(gpus)
         return self.artifact(out, "killed")[1]
 
     def folder(self, arm: str) -> Path:
@@ -219,6 +232,15 @@ def link(source: Path, target: Path) -> None:
     """`target` with the artifacts of `source`; files of a store are never written again."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source / "store", target / "store", symlinks=True, copy_function=os.link)
+
+
+def trained(events: Path, stage: str) -> bool:
+    """Whether a run's stage has told of its last step."""
+    if not events.exists():
+        return False
+    lines = events.read_text().split("\n")[:-1]
+    told = [one for one in map(json.loads, lines) if one["event"] == "progress" and one["stage"] == stage]
+    return bool(told) and told[-1]["unit"] == "step" and told[-1]["done"] >= told[-1]["total"]
 
 
 def rank_process(rank: int, out: Path) -> int:
