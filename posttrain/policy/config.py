@@ -10,6 +10,7 @@ from posttrain.pipeline.stage import NOT_IN_KEY
 from posttrain.policy.trl_options import problem_of
 from posttrain.rewards.config import AnswerFormat, GymReward, RewardSettings
 from posttrain.training.adapters import LoraSettings
+from posttrain.training.checks import no_graph_of_trl, one_choice_of_weights
 from posttrain.training.config import TrainingConfig
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -178,20 +179,8 @@ class PolicyConfig(TrainingConfig):
                 raise ValueError(f"{what}{': ' + fix if fix else ''}")
         return self
 
-    @model_validator(mode="after")
-    def _one_choice_of_weights(self) -> Self:
-        if self.lora is not None and self.trainable != "all":
-            raise ValueError(
-                f"trainable={self.trainable} and lora both choose what is trained: name the layers in "
-                "lora.target_modules and leave trainable=all"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _no_graph(self) -> Self:
-        if self.cuda_graph == "on":
-            raise ValueError("cuda_graph=on: TRL's loss reads the device at every micro-batch; use cuda_graph=auto")
-        return self
+    _one_choice_of_weights = model_validator(mode="after")(one_choice_of_weights)
+    _no_graph = model_validator(mode="after")(no_graph_of_trl)
 
     @property
     def questions_per_batch(self) -> int:

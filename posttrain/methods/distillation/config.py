@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.pipeline.stage import NOT_IN_KEY
 from posttrain.training.adapters import LoraSettings
+from posttrain.training.checks import one_choice_of_weights, whole_sequences
 from posttrain.training.config import TrainingConfig
 
 ID_BYTES, LOGPROB_BYTES = 4, {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -115,25 +116,8 @@ class DistillConfig(TrainingConfig):
         "only for a last stage.",
     )
 
-    @model_validator(mode="after")
-    def _whole_sequences(self) -> Self:
-        if self.tokens_per_step % self.sequence_length:
-            below = self.tokens_per_step // self.sequence_length * self.sequence_length
-            nearest = below or self.sequence_length
-            raise ValueError(
-                f"tokens_per_step ({self.tokens_per_step}) must be a multiple of sequence_length "
-                f"({self.sequence_length}), e.g. tokens_per_step={nearest}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_choice_of_weights(self) -> Self:
-        if self.lora is not None and self.trainable != "all":
-            raise ValueError(
-                f"trainable={self.trainable} and lora both choose what is trained: name the layers in "
-                "lora.target_modules and leave trainable=all"
-            )
-        return self
+    _whole_sequences = model_validator(mode="after")(whole_sequences)
+    _one_choice_of_weights = model_validator(mode="after")(one_choice_of_weights)
 
     @model_validator(mode="after")
     def _cache_has_what_the_divergence_needs(self) -> Self:

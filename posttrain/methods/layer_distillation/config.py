@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from posttrain.pipeline.stage import NOT_IN_KEY
+from posttrain.training.checks import whole_sequences
 from posttrain.training.config import TrainingConfig
 
 
@@ -42,15 +43,7 @@ class IldConfig(TrainingConfig):
     )
     save_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the saved weights.")
 
-    @model_validator(mode="after")
-    def _whole_sequences(self) -> Self:
-        if self.tokens_per_step % self.sequence_length:
-            below = self.tokens_per_step // self.sequence_length * self.sequence_length
-            raise ValueError(
-                f"tokens_per_step ({self.tokens_per_step}) must be a multiple of sequence_length "
-                f"({self.sequence_length}), e.g. tokens_per_step={below or self.sequence_length}"
-            )
-        return self
+    _whole_sequences = model_validator(mode="after")(whole_sequences)
 
     @model_validator(mode="after")
     def _settings_that_do_something(self) -> Self:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from posttrain.pipeline.stage import NOT_IN_KEY
 from posttrain.training.adapters import LoraSettings
+from posttrain.training.checks import no_graph_of_trl, one_choice_of_weights
 from posttrain.training.config import TrainingConfig
 
 Loss = Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero"]
@@ -90,20 +91,8 @@ class PreferenceConfig(TrainingConfig):
             raise ValueError(f"label_smoothing does nothing with loss_type={self.loss_type}: loss_type=robust uses it")
         return self
 
-    @model_validator(mode="after")
-    def _one_choice_of_weights(self) -> Self:
-        if self.lora is not None and self.trainable != "all":
-            raise ValueError(
-                f"trainable={self.trainable} and lora both choose what is trained: name the layers in "
-                "lora.target_modules and leave trainable=all"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _no_graph(self) -> Self:
-        if self.cuda_graph == "on":
-            raise ValueError("cuda_graph=on: TRL's loss reads the device at every micro-batch; use cuda_graph=auto")
-        return self
+    _one_choice_of_weights = model_validator(mode="after")(one_choice_of_weights)
+    _no_graph = model_validator(mode="after")(no_graph_of_trl)
 
     @property
     def sequences_per_step(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.training.adapters import LoraSettings
+from posttrain.training.checks import no_graph_of_trl, one_choice_of_weights, whole_sequences
 from posttrain.training.config import TrainingConfig
 
 
@@ -49,31 +50,9 @@ class SftConfig(TrainingConfig):
         "only for a last stage.",
     )
 
-    @model_validator(mode="after")
-    def _whole_sequences(self) -> Self:
-        if self.tokens_per_step % self.sequence_length:
-            below = self.tokens_per_step // self.sequence_length * self.sequence_length
-            nearest = below or self.sequence_length
-            raise ValueError(
-                f"tokens_per_step ({self.tokens_per_step}) must be a multiple of sequence_length "
-                f"({self.sequence_length}), e.g. tokens_per_step={nearest}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_choice_of_weights(self) -> Self:
-        if self.lora is not None and self.trainable != "all":
-            raise ValueError(
-                f"trainable={self.trainable} and lora both choose what is trained: name the layers in "
-                "lora.target_modules and leave trainable=all"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _no_graph(self) -> Self:
-        if self.cuda_graph == "on":
-            raise ValueError("cuda_graph=on: TRL's loss reads the device at every micro-batch; use cuda_graph=auto")
-        return self
+    _whole_sequences = model_validator(mode="after")(whole_sequences)
+    _one_choice_of_weights = model_validator(mode="after")(one_choice_of_weights)
+    _no_graph = model_validator(mode="after")(no_graph_of_trl)
 
     @property
     def sequences_per_step(self) -> int:
