@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from posttrain.errors import Problem, RecipeError
 from posttrain.models.architecture import cache_bytes, cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
-from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec
 from posttrain.policy.config import PolicyConfig
 from posttrain.rewards.score import check_rows, identity
 from posttrain.training.adapters import adapter_parameters, target_problems
@@ -22,10 +21,11 @@ from posttrain.training.estimate import (
     trainable_parameters,
     training_memory,
 )
+from posttrain.training.stage import TrainingStage
 from posttrain.training.trl_memory import head_bytes
 
 
-class PolicyStage(Stage):
+class PolicyStage(TrainingStage):
     """What `grpo` and its kin promise; subclasses give `type`, `version`, `Config` and the trainer."""
 
     inputs: ClassVar[dict[str, InputSpec]] = {
@@ -34,8 +34,6 @@ class PolicyStage(Stage):
             "dataset", doc="Questions whose answers can be checked: rows with `task`, `answer` or `tests`."
         ),
     }
-    parallel: ClassVar[bool] = True
-    outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
 
     def trainer(self) -> type:
         """The class of the trainer, imported when it is needed."""
@@ -47,18 +45,10 @@ class PolicyStage(Stage):
         found = {name: identity(reward, f"rewards.{name}") for name, reward in cfg.rewards.items()}
         return {"rewards": {name: versions for name, versions in found.items() if versions}}
 
-    def describe(self, cfg: PolicyConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
-        model = inputs["model"]
-        trained = replace(model, extra={**model.extra, "dtype": cfg.save_dtype})
-        return {"model": trained, "history": ArtifactMeta(type="history")}
-
     def check(self, cfg: PolicyConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         problems = [*data_problems(cfg, inputs["data"]), *model_problems(cfg, inputs["model"].architecture)]
         if problems:
             raise RecipeError(problems=problems)
-
-    def check_ranks(self, cfg: PolicyConfig, ranks: int) -> None:
-        cfg.check_ranks(ranks)
 
     def estimate(self, cfg: PolicyConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         arch, data = inputs["model"].architecture, inputs["data"]
@@ -113,14 +103,6 @@ class PolicyStage(Stage):
 
         train(ctx, self.trainer())
         return {name: ctx.output_dir(name) for name in self.outputs}
-
-    def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
-        if name != "model":
-            return predicted
-        from posttrain.models.inspect import model_meta
-
-        found = model_meta(path)
-        return replace(found, extra={**predicted.extra, **found.extra})
 
 
 def mean_prompt_tokens(cfg: PolicyConfig, data: ArtifactMeta) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +15,7 @@ from posttrain.methods.distillation.estimate import cache_bytes, cache_notes, lo
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
-from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec
 from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
     ELEMENT_SIZE,
@@ -25,6 +24,7 @@ from posttrain.training.estimate import (
     trainable_parameters,
     training_memory,
 )
+from posttrain.training.stage import TrainingStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from posttrain.methods.distillation.trainer import DistillTrainer
 
 
-class Distill(Stage):
+class Distill(TrainingStage):
     """Train the student to the frozen teacher's next-token distribution on text."""
 
     type: ClassVar[str] = "distill"
@@ -43,13 +43,7 @@ class Distill(Stage):
         "teacher": InputSpec("model", doc="A frozen model with the same tokenizer; often the student's source."),
         "data": InputSpec("dataset", doc="Text to train on."),
     }
-    parallel: ClassVar[bool] = True
-    outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
-
-    def describe(self, cfg: DistillConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
-        student = inputs["student"]
-        model = replace(student, extra={**student.extra, "dtype": cfg.save_dtype})
-        return {"model": model, "history": ArtifactMeta(type="history")}
+    trains: ClassVar[str] = "student"
 
     def check(self, cfg: DistillConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         student, teacher, data = inputs["student"], inputs["teacher"], inputs["data"]
@@ -99,9 +93,6 @@ class Distill(Stage):
         problems += _cache_problems(cfg, teacher.architecture)
         if problems:
             raise RecipeError(problems=problems)
-
-    def check_ranks(self, cfg: Any, ranks: int) -> None:
-        cfg.check_ranks(ranks)
 
     def estimate(self, cfg: DistillConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         student, teacher = inputs["student"].architecture, inputs["teacher"].architecture
@@ -182,14 +173,6 @@ class Distill(Stage):
         ctx.first_does(write)
         _record(ctx, trainer, history, blocks, time.monotonic() - began)
         return {name: ctx.output_dir(name) for name in self.outputs}
-
-    def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
-        if name != "model":
-            return predicted
-        from posttrain.models.inspect import model_meta
-
-        found = model_meta(path)
-        return replace(found, extra={**predicted.extra, **found.extra})
 
 
 def _where(cfg: DistillConfig, *roles: str) -> str:

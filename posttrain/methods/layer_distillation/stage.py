@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,8 +13,9 @@ from posttrain.methods.layer_distillation.config import IldConfig
 from posttrain.models.architecture import cache_bytes_per_token, layer_parameters, mixer_parameters, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import planned_ranks
-from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec
 from posttrain.training.estimate import ADAM_MOMENTS, ELEMENT_SIZE, widest_layer_bytes_per_token
+from posttrain.training.stage import TrainingStage
 
 if TYPE_CHECKING:
     from posttrain.methods.layer_distillation.trainer import LayerTrainer
@@ -24,7 +24,7 @@ SHARED_FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size")
 """What student and teacher must have alike: layers are compared one to one, over one stream, on the same tokens."""
 
 
-class Ild(Stage):
+class Ild(TrainingStage):
     """Train each layer of a converted model alone, from the source's hidden states to the source layer's outputs."""
 
     type: ClassVar[str] = "ild"
@@ -34,13 +34,7 @@ class Ild(Stage):
         "teacher": InputSpec("model", doc="Its frozen source: as many layers of the same width."),
         "data": InputSpec("dataset", doc="Text to train on."),
     }
-    parallel: ClassVar[bool] = True
-    outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
-
-    def describe(self, cfg: IldConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
-        student = inputs["student"]
-        model = replace(student, extra={**student.extra, "dtype": cfg.save_dtype})
-        return {"model": model, "history": ArtifactMeta(type="history")}
+    trains: ClassVar[str] = "student"
 
     def check(self, cfg: IldConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         student, teacher = inputs["student"], inputs["teacher"]
@@ -76,9 +70,6 @@ class Ild(Stage):
             )
         if problems:
             raise RecipeError(problems=problems)
-
-    def check_ranks(self, cfg: IldConfig, ranks: int) -> None:
-        cfg.check_ranks(ranks)
 
     def estimate(self, cfg: IldConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         student, teacher = inputs["student"].architecture, inputs["teacher"].architecture
@@ -140,14 +131,6 @@ class Ild(Stage):
         ctx.first_does(write)
         _record(ctx, trainer, history, len(blocks), time.monotonic() - began)
         return {name: ctx.output_dir(name) for name in self.outputs}
-
-    def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
-        if name != "model":
-            return predicted
-        from posttrain.models.inspect import model_meta
-
-        found = model_meta(path)
-        return replace(found, extra={**predicted.extra, **found.extra})
 
 
 def trained_parameters(arch: Mapping[str, Any], trainable: str) -> list[int]:

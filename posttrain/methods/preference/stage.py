@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from posttrain.methods.preference.config import PreferenceConfig
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
-from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec
 from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
     ELEMENT_SIZE,
@@ -23,13 +22,14 @@ from posttrain.training.estimate import (
     trainable_parameters,
     training_memory,
 )
+from posttrain.training.stage import TrainingStage
 from posttrain.training.trl_memory import head_bytes
 
 FEW_PAIRS = 100
 """Held-out pairs below which an accuracy moves by a hundredth or more with each of them."""
 
 
-class Preference(Stage):
+class Preference(TrainingStage):
     """Train a model to prefer chosen answers over rejected ones (DPO); keep it only if held-out data say so."""
 
     type: ClassVar[str] = "preference"
@@ -41,13 +41,6 @@ class Preference(Stage):
         "gate_data": InputSpec("dataset", optional=True, doc="Held-out pairs; needed unless keep=trained."),
         "gate_text": InputSpec("dataset", optional=True, doc="Held-out text whose perplexity must not rise."),
     }
-    parallel: ClassVar[bool] = True
-    outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
-
-    def describe(self, cfg: PreferenceConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
-        model = inputs["model"]
-        trained = replace(model, extra={**model.extra, "dtype": cfg.save_dtype})
-        return {"model": trained, "history": ArtifactMeta(type="history")}
 
     def check(self, cfg: PreferenceConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         problems = [
@@ -57,9 +50,6 @@ class Preference(Stage):
         ]
         if problems:
             raise RecipeError(problems=problems)
-
-    def check_ranks(self, cfg: Any, ranks: int) -> None:
-        cfg.check_ranks(ranks)
 
     def estimate(self, cfg: PreferenceConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         arch = inputs["model"].architecture
@@ -118,14 +108,6 @@ class Preference(Stage):
         ctx.first_does(write)
         ctx.record_timing(seconds=time.monotonic() - began)
         return {name: ctx.output_dir(name) for name in self.outputs}
-
-    def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
-        if name != "model":
-            return predicted
-        from posttrain.models.inspect import model_meta
-
-        found = model_meta(path)
-        return replace(found, extra={**predicted.extra, **found.extra})
 
 
 def _token_counts(cfg: PreferenceConfig, data: ArtifactMeta) -> tuple[int, int | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +13,7 @@ from posttrain.methods.sft.config import SftConfig
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
-from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage
+from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec
 from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
     ELEMENT_SIZE,
@@ -23,6 +22,7 @@ from posttrain.training.estimate import (
     trainable_parameters,
     training_memory,
 )
+from posttrain.training.stage import TrainingStage
 from posttrain.training.trl_memory import head_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ NEEDED_ROWS = {"assistant": ("messages", "prompt"), "completion": ("messages", "
 """Kinds of rows, as far as a dataset says it, that have what `loss_on` learns."""
 
 
-class Sft(Stage):
+class Sft(TrainingStage):
     """Train a model on conversations, on prompts with completions, or on plain text."""
 
     type: ClassVar[str] = "sft"
@@ -43,21 +43,11 @@ class Sft(Stage):
         "model": InputSpec("model", doc="The model to train."),
         "data": InputSpec("dataset", doc="Rows of `messages`, of `prompt` and `completion`, or of `text`."),
     }
-    parallel: ClassVar[bool] = True
-    outputs: ClassVar[dict[str, str]] = {"model": "model", "history": "history"}
-
-    def describe(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
-        model = inputs["model"]
-        trained = replace(model, extra={**model.extra, "dtype": cfg.save_dtype})
-        return {"model": trained, "history": ArtifactMeta(type="history")}
 
     def check(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         problems = [*_data_problems(cfg, inputs["data"]), *_model_problems(cfg, inputs["model"].architecture)]
         if problems:
             raise RecipeError(problems=problems)
-
-    def check_ranks(self, cfg: Any, ranks: int) -> None:
-        cfg.check_ranks(ranks)
 
     def estimate(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
         arch, data = inputs["model"].architecture, inputs["data"]
@@ -124,14 +114,6 @@ class Sft(Stage):
         ctx.first_does(write)
         _record(ctx, trainer, history, sequences, time.monotonic() - began)
         return {name: ctx.output_dir(name) for name in self.outputs}
-
-    def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
-        if name != "model":
-            return predicted
-        from posttrain.models.inspect import model_meta
-
-        found = model_meta(path)
-        return replace(found, extra={**predicted.extra, **found.extra})
 
 
 def _data_problems(cfg: SftConfig, data: ArtifactMeta) -> list[Problem]:
