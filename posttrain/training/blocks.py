@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 SEQUENCES_PER_DOCUMENT = 4
-"""A long document gives at most this many sequences of a sample, so that more documents are seen."""
+"""A long document gives at most this many sequences of a sample, so that more documents are seen, if there are more."""
 
 
 class OrderedBlocks(Dataset[dict[str, Tensor]]):
@@ -91,15 +91,17 @@ def sample_blocks(
     """
     rows = read_rows(folder)
     random.Random(seed).shuffle(rows)
-    limit = SEQUENCES_PER_DOCUMENT * sequence_length
-    documents: list[list[int]] = []
-    found = 0
-    for row in rows:
-        # 16 characters a token are more than any tokenizer needs; tokenizing whole books would take minutes.
-        documents += encode_documents([{**row, "text": row["text"][: 16 * limit]}], tokenizer, max_tokens=limit)
-        found += len(documents[-1])
-        if found >= tokens + sequence_length:
-            break
+    for limit in (SEQUENCES_PER_DOCUMENT * sequence_length, tokens + sequence_length):
+        documents: list[list[int]] = []
+        found = 0
+        for row in rows:
+            # 16 characters a token are more than any tokenizer needs; tokenizing whole books would take minutes.
+            documents += encode_documents([{**row, "text": row["text"][: 16 * limit]}], tokenizer, max_tokens=limit)
+            found += len(documents[-1])
+            if found >= tokens + sequence_length:
+                break
+        if found >= tokens:
+            break  # else a few long documents are all there is
     blocks = token_blocks(documents, sequence_length)[: max(1, tokens // sequence_length)]
     if not len(blocks):
         what = f"{purpose} needs at least {sequence_length} tokens, the data have {found}"

@@ -279,6 +279,11 @@ class StageTrainer(ShardedTrainer):
             self._skip = optimizer.found_inf = torch.zeros((), device=self.args.device)
         return optimizer
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Not of decays, step biases and skips of state-space layers either: Mamba's own code leaves them alone."""
+        without = {"A_log", "dt_bias", "D"}
+        return [name for name in super().get_decay_parameter_names(model) if name.rpartition(".")[2] not in without]
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.watchdog.beat(f"step {self.state.global_step + 1}")
         if self._graphed is not None:

@@ -153,7 +153,7 @@ def test_a_scale_keeps_what_makes_the_method(recipe, scale) -> None:
         ),
         ("zebra_llama", "stages.assemble.keep=[0]", "both are given", "inputs.selection"),
         ("zebra_llama", "stages.align_state.inputs.teacher=data.train", "is a dataset", "model"),
-        ("mamba_in_llama", "stages.hybrid.keep=[1]", "give one of them", ""),
+        ("mamba_in_llama", "stages.hybrid.keep=[1]", "both choose", "keep_every=null"),
         ("compose_all", "stages.rl.inputs.data=data.train", "", ""),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from posttrain.errors import RecipeError
 from posttrain.methods.hybrid_ssm.config import AssembleConfig
-from posttrain.methods.hybrid_ssm.shape import assembled_architecture, check_donors, check_kept
+from posttrain.methods.hybrid_ssm.shape import assembled_architecture, check_donors, check_kept, check_tokenizers
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.files import clear
@@ -37,6 +37,8 @@ class Assemble(Stage):
     def describe(self, cfg: AssembleConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, ArtifactMeta]:
         state, attention = (inputs[name] for name in DONORS)
         extra = {name: value for name, value in state.extra.items() if name != "open"}
+        if "dtype" in extra:
+            extra["dtype"] = wider(extra["dtype"], attention.extra.get("dtype"))
         left = {*attention.extra.get("open", ())}
         if cfg.keep is None and "selection" in inputs and inputs["selection"].extra.get("open"):
             left.add("mixers")
@@ -50,12 +52,10 @@ class Assemble(Stage):
             raise RecipeError(
                 f"the layers that stay attention come from inputs.selection or from keep, and {given}",
                 where="keep",
-                fix="write inputs.selection=STAGE.selection of a layer_select stage, or write keep=[0,5,10]",
+                fix="write inputs.selection=STAGE.selection of a layer_select stage and keep=null, or keep=[0,5,10] "
+                "without inputs.selection ('~stages.NAME.inputs.selection')",
             )
-        tokenizers = [inputs[name].tokenizer for name in DONORS]
-        if None not in tokenizers and len(set(tokenizers)) > 1:
-            fix = "convert both from the same model"
-            raise RecipeError("the two models have different tokenizers", where=_where(cfg), fix=fix)
+        check_tokenizers({name: inputs[name].tokenizer for name in DONORS}, _where(cfg))
         _target(cfg, inputs)
 
     def estimate(self, cfg: AssembleConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:
@@ -68,11 +68,11 @@ class Assemble(Stage):
             parameters=size,
             memory={"weights": 4 * size, "models it comes from": 4 * sum(donors)},
             cache_bytes_per_token=cache_bytes_per_token(target),
-            disk_bytes=ELEMENT_SIZE.get(str(inputs["state"].extra.get("dtype")), 4) * size,
+            disk_bytes=ELEMENT_SIZE.get(wider(*(inputs[name].extra.get("dtype") for name in DONORS)), 4) * size,
         )
 
     def run(self, ctx: StageContext) -> dict[str, Path]:
-        from posttrain.methods.hybrid_ssm.assembly import assemble
+        from posttrain.methods.hybrid_ssm.assembly import assemble, embedding_distance
         from posttrain.methods.hybrid_ssm.selection import read_selection
         from posttrain.models.loading import load_model, load_tokenizer, save_model
 
@@ -83,7 +83,8 @@ class Assemble(Stage):
         target, folder = ctx.output_dir("model"), ctx.inputs["state"].path
         clear(target)
         save_model(hybrid, load_tokenizer(folder), target, tokenizer_from=folder)
-        ctx.record_result(kept=list(kept), mixers=list(hybrid.config.mixers))
+        apart = embedding_distance(state, attention)
+        ctx.record_result(kept=list(kept), mixers=list(hybrid.config.mixers), embeddings_differ_by=apart)
         return {"model": target}
 
     def measure(self, name: str, path: Path, predicted: ArtifactMeta) -> ArtifactMeta:
@@ -92,6 +93,11 @@ class Assemble(Stage):
         found = model_meta(path)
         known = {name: value for name, value in predicted.extra.items() if name != "open"}
         return replace(found, extra={**known, **found.extra})
+
+
+def wider(one: str | None, other: str | None) -> str:
+    """The type of two that holds the tensors of both as they are; fp32 where one is unknown."""
+    return str(one) if one == other and one is not None else "float32"
 
 
 def _where(cfg: AssembleConfig) -> str:
@@ -109,5 +115,9 @@ def _target(cfg: AssembleConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str
         kept = inputs["selection"].extra.get("kept") if "selection" in inputs else None
     if kept is None:
         return None
-    check_kept(kept, state["num_hidden_layers"], "keep" if cfg.keep is not None else "inputs.selection")
+    layers = state["num_hidden_layers"]
+    if cfg.keep is None and (chosen := inputs["selection"].extra.get("layers", layers)) != layers:
+        what = f"the selection was made for {chosen} layers, the models have {layers}"
+        raise RecipeError(what, where="inputs.selection", fix="select among layers of the same models")
+    check_kept(kept, layers, "keep" if cfg.keep is not None else "inputs.selection")
     return assembled_architecture(state, attention, kept)

@@ -70,9 +70,20 @@ class HybridInitConfig(MambaSettings, StageConfig):
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
         if self.keep is not None and self.keep_every is not None:
-            raise ValueError("keep and keep_every both choose the layers that stay: give one of them, e.g. keep=null")
+            raise ValueError(
+                "keep and keep_every both choose the layers that stay: write keep_every=null to use keep, or keep=null"
+            )
         if self.keep is not None and sorted(set(self.keep)) != self.keep:
             raise ValueError(f"keep must name layers once each, in order, e.g. keep={sorted(set(self.keep))}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_whole_sequence(self) -> Self:
+        if self.init == "aligned" and self.statistics_tokens < self.statistics_sequence_length:
+            raise ValueError(
+                f"statistics_tokens ({self.statistics_tokens}) is less than one statistics_sequence_length "
+                f"({self.statistics_sequence_length})"
+            )
         return self
 
     def kept(self, layers: int) -> list[int]:
@@ -117,9 +128,16 @@ class LayerSelectConfig(StageConfig):
         wanted = ("cache_ratio",) if self.method == "budget" else ("n_keep", "keep_fraction")
         if len(given) != 1 or given[0] not in wanted:
             said = f"{' and '.join(given)} given" if given else "none given"
-            raise ValueError(
-                f"method={self.method} takes exactly one of {', '.join(wanted)} ({said}), e.g. {wanted[0]}=…"
-            )
+            used = next((name for name in reversed(given) if name in wanted), None)
+            words = [f"{name}=null" for name in given if name != used] + ([] if used else [f"{wanted[0]}=…"])
+            fix = " ".join(words)
+            raise ValueError(f"method={self.method} takes exactly one of {', '.join(wanted)} ({said}): write {fix}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_whole_sequence(self) -> Self:
+        if self.tokens < self.sequence_length:
+            raise ValueError(f"tokens ({self.tokens}) is less than one sequence_length ({self.sequence_length})")
         return self
 
     def count(self, layers: int) -> int | None:
@@ -137,3 +155,9 @@ class AssembleConfig(StageConfig):
     keep: list[int] | None = Field(
         None, description="Layers taken from the attention model, counted from 0; null = those of inputs.selection."
     )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.keep is not None and sorted(set(self.keep)) != self.keep:
+            raise ValueError(f"keep must name layers once each, in order, e.g. keep={sorted(set(self.keep))}")
+        return self

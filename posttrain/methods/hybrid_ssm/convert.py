@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from posttrain.errors import RecipeError
 from posttrain.methods.hybrid_ssm.config import HybridConfig
 from posttrain.methods.hybrid_ssm.init import AttentionStats, MambaForm, init_from_attention
-from posttrain.methods.hybrid_ssm.shape import LATENT_FIELDS, check_layers
+from posttrain.methods.hybrid_ssm.shape import LATENT_FIELDS, check_donated, check_form, check_layers
 from posttrain.methods.hybrid_ssm.statistics import HeadStatistics, collect_head_statistics
 from posttrain.models.architecture import mixers, normalise
 
@@ -34,7 +34,8 @@ def hybridize(
             `latent_from` has it.
         config: how layers start, or a dict of its fields.
         statistics: for `init: aligned`: token batches [B, T] without padding, or ready statistics.
-        latent_from: a conversion of the same source, by `mla_upcycling.upcycle`, whose latent attention is taken.
+        latent_from: a conversion of the same source, by `mla_upcycling.upcycle`, aligned or not: layers that become
+            `latent_attention` are taken from it whole, with the MLP and norms they were aligned with.
 
     Returns:
         the new model, of the source's device and dtype; decays, step biases and skips are fp32.
@@ -48,6 +49,8 @@ def hybridize(
     source = normalise(model.config.to_dict())
     donated = None if latent_from is None else mixers(normalise(latent_from.config.to_dict()))
     check_layers(source, list(layer_types), donated)
+    if latent_from is not None:
+        check_donated(source, list(layer_types), normalise(latent_from.config.to_dict()), "latent_from")
     new_layers = [i for i, (old, new) in enumerate(zip(mixers(source), layer_types, strict=True)) if old != new]
     made = [index for index in new_layers if layer_types[index] == "mamba2"]
     if config.init == "aligned" and made:
@@ -56,8 +59,9 @@ def hybridize(
     hybrid = build_upcycled(model, hybrid_config)
     form = mamba_form(hybrid_config)
     for index in new_layers:
-        target = hybrid.model.layers[index].self_attn
+        target = hybrid.model.layers[index]
         if index in made:
+            target = target.self_attn
             attention = model.model.layers[index].self_attn
             stats = attention_stats(attention, source, statistics, index)
             # A layer's random numbers are its own: another choice of layers leaves them as they are.
@@ -65,7 +69,7 @@ def hybridize(
             projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
             tensors = init_from_attention(*projections, stats, init=config.init, form=form, generator=generator)
         else:
-            tensors = dict(latent_from.model.layers[index].self_attn.named_parameters())
+            tensors = dict(latent_from.model.layers[index].named_parameters())
         _write(target, tensors, index)
     return hybrid
 
@@ -108,14 +112,7 @@ def _config(
     from posttrain.models.upcycled import UpcycledConfig
 
     form = config.config_fields()
-    if "mamba2" in (kept := getattr(model.config, "mixers", None) or []):
-        theirs = {name: getattr(model.config, name) for name in form}
-        if theirs != form and any(new == old == "mamba2" for new, old in zip(layer_types, kept, strict=True)):
-            raise RecipeError(
-                f"the source's mamba2 layers have another form ({theirs}) than new ones would ({form})",
-                where="layer_types",
-                fix="convert all layers at once from the attention model",
-            )
+    check_form(normalise(model.config.to_dict()), layer_types, form, "layer_types")
     latent = {name: getattr(latent_from.config, name) for name in LATENT_FIELDS} if latent_from is not None else {}
     return UpcycledConfig.from_source(model.config, mixers=layer_types, **form, **latent)
 

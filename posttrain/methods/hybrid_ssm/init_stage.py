@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain.errors import RecipeError, StageError
 from posttrain.methods.hybrid_ssm.config import HybridInitConfig, MambaSettings
-from posttrain.methods.hybrid_ssm.shape import check_kept, check_layers, hybrid_architecture
+from posttrain.methods.hybrid_ssm.shape import (
+    check_donated,
+    check_form,
+    check_kept,
+    check_layers,
+    check_tokenizers,
+    hybrid_architecture,
+)
 from posttrain.models.architecture import cache_bytes_per_token, mixers, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.files import clear
@@ -31,7 +38,9 @@ class HybridInit(Stage):
     Config = HybridInitConfig
     inputs: ClassVar[dict[str, InputSpec]] = {
         "model": InputSpec("model", doc="the source: Llama, Mistral, Qwen2 or Qwen3 shaped"),
-        "latent": InputSpec("model", optional=True, doc="its conversion by mla_upcycle: kept layers are taken from it"),
+        "latent": InputSpec(
+            "model", optional=True, doc="its conversion by mla_upcycle: layers that stay are taken from it, whole"
+        ),
         "data": InputSpec("dataset", optional=True, doc="init=aligned: text on which attention distances are measured"),
     }
     outputs: ClassVar[dict[str, str]] = {"model": "model"}
@@ -48,6 +57,17 @@ class HybridInit(Stage):
                 where="init",
                 fix="write inputs.data=data.train, or write init=published",
             )
+        arch = inputs["model"].architecture
+        if cfg.init == "aligned" and arch and cfg.statistics_sequence_length > arch["max_position_embeddings"]:
+            longest = arch["max_position_embeddings"]
+            what = (
+                f"statistics_sequence_length {cfg.statistics_sequence_length} exceeds the model's {longest} positions"
+            )
+            fix = f"statistics_sequence_length={longest}"
+            raise RecipeError(what, where="statistics_sequence_length", fix=fix)
+        if "latent" in inputs:
+            where = ", ".join(f"{name}={cfg.inputs.get(name, '?')}" for name in ("model", "latent"))
+            check_tokenizers({name: inputs[name].tokenizer for name in ("model", "latent")}, where)
         _target(cfg, inputs)
 
     def uses_seed(self, cfg: HybridInitConfig) -> bool:
@@ -123,7 +143,17 @@ def _mixers(cfg: HybridInitConfig, source: Mapping[str, Any], latent: Mapping[st
         what = f"`latent` has {len(donated)} layers, the source {layers}"
         raise RecipeError(what, where="inputs.latent", fix="give a conversion of the same model")
     wanted = ["mamba2" if index not in kept else (donated or kinds)[index] for index in range(layers)]
+    lost = [index for index in kept if donated is not None and donated[index] == "mamba2" != kinds[index]]
+    if lost:
+        what = f"layer {lost[0]} is to stay attention, and `latent` has a state-space layer there"
+        raise RecipeError(what, where="inputs.latent", fix="give a conversion of the same model by mla_upcycle")
+    if "mamba2" not in wanted:
+        what = f"all {layers} layers stay: none becomes a state-space layer"
+        raise RecipeError(what, where="keep_every" if cfg.keep_every else "keep", fix="keep fewer layers")
     check_layers(source, wanted, donated)
+    check_form(source, wanted, cfg.config_fields(), "conv_kernel, repeat_before_conv, init")
+    if latent is not None:
+        check_donated(source, wanted, latent, "inputs.latent")
     return wanted
 
 

@@ -93,6 +93,7 @@ def layer_costs(
     config: Mapping[str, Any],
     tokens: int,
     conv_kernel: int = 4,
+    repeat_before_conv: bool = False,
     element_size: int = 2,
     state_size: int = STATE_SIZE,
 ) -> list[tuple[int, int]]:
@@ -102,7 +103,7 @@ def layer_costs(
     """
     arch = normalise(config)
     states = {**arch, "mixers": ["mamba2"] * arch["num_hidden_layers"]}
-    states |= {"mamba_conv_kernel": conv_kernel, "mamba_repeat_before_conv": False}
+    states |= {"mamba_conv_kernel": conv_kernel, "mamba_repeat_before_conv": repeat_before_conv}
     return [
         (tokens * elements * element_size, state * state_size + columns * element_size)
         for elements, (state, columns) in zip(cache_elements_per_token(arch), state_elements(states), strict=True)

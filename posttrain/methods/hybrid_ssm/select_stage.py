@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +11,7 @@ from posttrain.errors import RecipeError
 from posttrain.methods.hybrid_ssm.config import LayerSelectConfig
 from posttrain.methods.hybrid_ssm.select import count_feasible, layer_costs, select_layers
 from posttrain.methods.hybrid_ssm.selection import read_selection, selection_meta, write_selection
-from posttrain.methods.hybrid_ssm.shape import assembled_architecture, check_donors
+from posttrain.methods.hybrid_ssm.shape import assembled_architecture, check_donors, check_tokenizers
 from posttrain.models.architecture import cache_bytes, cache_ratios, parameter_count
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import plans_for_gpu
@@ -53,6 +54,9 @@ class LayerSelect(Stage):
         shapes = _shapes(cfg, inputs)
         if shapes is None:
             return
+        check_tokenizers({name: inputs[name].tokenizer for name in MODELS}, _where(cfg))
+        if inputs["data"].rows == 0:
+            raise RecipeError("the data has no rows", where=f"data={cfg.inputs.get('data', '?')}", fix="give text")
         for name, shape in shapes.items():
             if cfg.sequence_length > shape["max_position_embeddings"]:
                 longest = shape["max_position_embeddings"]
@@ -122,7 +126,7 @@ class _Measuring:
     """Scores by round, with progress over all; what is measured stays in the work folder until the stage ends."""
 
     def __init__(self, ctx: StageContext, scorer: SwapScorer, rounds: int) -> None:
-        self.ctx, self.scorer = ctx, scorer
+        self.ctx, self.scorer, self.size = ctx, scorer, ctx.config.micro_batch_size
         self.total = max(1, rounds * len(scorer.batches))
         self.file = ctx.work_dir / MEASURED
         known = read_json(self.file) if self.file.is_file() else {"rounds": [], "partly": None}
@@ -139,13 +143,15 @@ class _Measuring:
                 return known["scores"]
 
         def done(count: int, sums: list[float]) -> None:
-            self.partly = {"kept": list(kept), "since": [count, sums]}
+            self.partly = {"kept": list(kept), "micro_batch_size": self.size, "since": [count, sums]}
             self._save()
             self.ctx.progress(before + count, self.total, unit="batch")
             if self.ctx.should_stop():
                 self.ctx.stop(before + count)
 
-        mine = self.partly if self.partly and self.partly["kept"] == list(kept) else None
+        # Batches of another size are other batches: what was counted in them is no use.
+        same = {"kept": list(kept), "micro_batch_size": self.size}
+        mine = self.partly if self.partly and same.items() <= self.partly.items() else None
         divergence, scores = self.scorer.scores(kept, done, tuple(mine["since"]) if mine else None)
         self.rounds.append({"kept": list(kept), "kl": divergence, "scores": scores})
         self.partly = None
@@ -154,6 +160,10 @@ class _Measuring:
 
     def _save(self) -> None:
         write_json(self.file, {"rounds": self.rounds, "partly": self.partly})
+
+
+def _where(cfg: LayerSelectConfig) -> str:
+    return ", ".join(f"{name}={cfg.inputs.get(name, '?')}" for name in MODELS)
 
 
 def _shapes(cfg: LayerSelectConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[str, dict[str, Any]] | None:
@@ -165,7 +175,7 @@ def _shapes(cfg: LayerSelectConfig, inputs: Mapping[str, ArtifactMeta]) -> dict[
     shapes = {name: inputs[name].architecture for name in MODELS}
     if None in shapes.values():
         return None
-    where = ", ".join(f"{name}={cfg.inputs.get(name, '?')}" for name in MODELS)
+    where = _where(cfg)
     check_donors(shapes["state"], shapes["attention"], where)
     if shapes["teacher"]["vocab_size"] != shapes["state"]["vocab_size"]:
         raise RecipeError("the teacher has another vocabulary", where=where, fix="give the source of both conversions")
@@ -188,11 +198,22 @@ def _choose(cfg: LayerSelectConfig, shapes: Mapping[str, dict[str, Any]], scores
     Raises:
         RecipeError: more layers are to be kept than there are, or no choice fits the budget.
     """
+    layers = shapes["state"]["num_hidden_layers"]
     if method != "budget":
-        return select_layers(scores, cfg.count(shapes["state"]["num_hidden_layers"]), method)
-    costs = layer_costs(shapes["attention"], cfg.cache_tokens, shapes["state"]["mamba_conv_kernel"])
-    allowed = cfg.cache_ratio * cache_bytes(shapes["teacher"], cfg.cache_tokens)
-    return select_layers(scores, method=method, costs=costs, budget=allowed)
+        if cfg.n_keep is not None and cfg.n_keep > layers:
+            what = f"{cfg.n_keep} layers are to stay attention, and the models have {layers}"
+            raise RecipeError(what, where="n_keep", fix=f"n_keep from 1 to {layers}")
+        return select_layers(scores, cfg.count(layers), method)
+    state = shapes["state"]
+    form = {"conv_kernel": state["mamba_conv_kernel"], "repeat_before_conv": state["mamba_repeat_before_conv"]}
+    costs = layer_costs(shapes["attention"], cfg.cache_tokens, **form)
+    whole = cache_bytes(shapes["teacher"], cfg.cache_tokens)
+    least = sum(min(pair) for pair in costs) / whole
+    if least > cfg.cache_ratio:
+        what = f"the smallest hybrid takes {least:.3f} of the teacher's cache at {cfg.cache_tokens} tokens"
+        fix = f"cache_ratio={math.ceil(1000 * least) / 1000:g}, or more cache_tokens"
+        raise RecipeError(what, where="cache_ratio", fix=fix)
+    return select_layers(scores, method=method, costs=costs, budget=cfg.cache_ratio * whole)
 
 
 def _scorer(ctx: StageContext) -> SwapScorer:

@@ -95,6 +95,42 @@ def check_layers(source: Architecture, layer_types: Sequence[str], donated: Sequ
         raise RecipeError(f"layer {index} is {old}: it cannot become {new}", where=f"layer_types[{index}]", fix=fix)
 
 
+def check_donated(source: Architecture, layer_types: Sequence[str], latent: Architecture, where: str) -> None:
+    """Raises RecipeError unless layers of `latent`, a conversion of that source, can stand in its hybrid."""
+    ours, theirs = (_family(arch) for arch in (source, latent))
+    _check_alike(ours, theirs, where)
+    kept = [new == old == "latent_attention" for new, old in zip(layer_types, mixers(source), strict=True)]
+    unlike = [name for name in LATENT_FIELDS if source.get(name) != latent.get(name)]
+    if any(kept) and unlike:
+        raise RecipeError(
+            f"the source's latent attention and that of `latent` differ in {', '.join(unlike)}: one model has one form",
+            where=where,
+            fix="leave `latent` out, or convert from the source before its conversion",
+        )
+
+
+def check_form(source: Architecture, layer_types: Sequence[str], form: Mapping[str, Any], where: str) -> None:
+    """Raises RecipeError where the source has state-space layers of another form than new ones would have."""
+    if not any(new == old == "mamba2" for new, old in zip(layer_types, mixers(source), strict=True)):
+        return
+    theirs = {name: source[name] for name in form}
+    if theirs != dict(form):
+        raise RecipeError(
+            f"the source's mamba2 layers have another form ({theirs}) than new ones would ({dict(form)})",
+            where=where,
+            fix="convert all layers at once from the attention model",
+        )
+
+
+def check_tokenizers(digests: Mapping[str, str | None], where: str) -> None:
+    """Raises RecipeError where known tokenizers of models that are to be one, or compared, differ."""
+    known = {name: digest for name, digest in digests.items() if digest}
+    if len(set(known.values())) > 1:
+        said = ", ".join(f"{name} {digest[:12]}" for name, digest in known.items())
+        fix = "take all from one source"
+        raise RecipeError(f"the models have different tokenizers (digests: {said})", where=where, fix=fix)
+
+
 def check_kept(kept: Sequence[int], layers: int, where: str) -> None:
     """Raises RecipeError unless every index is one of the model's layers."""
     wrong = [index for index in kept if not 0 <= index < layers]
@@ -112,11 +148,16 @@ def check_donors(state: Architecture, attention: Architecture, where: str) -> No
     if "mamba2" in mixers(attention):
         what = "`attention` must have attention everywhere, and has mamba2 layers"
         raise RecipeError(what, where=where, fix="give the source, or its conversion by mla_upcycle")
-    family = {**attention, "source_model_type": attention.get("source_model_type") or attention["model_type"]}
+    _check_alike(state, _family(attention), where)
+
+
+def _family(arch: Architecture) -> dict[str, Any]:
+    return {**arch, "source_model_type": arch.get("source_model_type") or arch["model_type"]}
+
+
+def _check_alike(one: Architecture, other: Architecture, where: str) -> None:
     unlike = [
-        f"{name} {state.get(name)} and {family.get(name)}"
-        for name in OF_ALL_LAYERS
-        if state.get(name) != family.get(name)
+        f"{name} {one.get(name)} and {other.get(name)}" for name in OF_ALL_LAYERS if one.get(name) != other.get(name)
     ]
     if unlike:
         fix = "convert both from the same model"

@@ -145,13 +145,18 @@ def _where(cfg: IldConfig, *roles: str) -> str:
     return ", ".join(f"{role}={cfg.inputs.get(role, '?')}" for role in roles)
 
 
+def layer_names(row: Mapping[str, float]) -> list[str]:
+    """The layers' losses in a row of the history, by number."""
+    return sorted((name for name in row if name.startswith("layer_")), key=lambda name: int(name[6:]))
+
+
 def _record(
     ctx: StageContext, trainer: LayerTrainer, history: list[dict[str, float]], rows: int, seconds: float
 ) -> None:
     from posttrain.training.results import last_tenth, peak_memory
 
     cfg: IldConfig = ctx.config
-    layers = sorted(name for name in history[0] if name.startswith("layer_"))
+    layers = layer_names(history[0])
     # The first step's loss is that of the model as it came: nothing has been trained yet.
     first, last = ([row(name) for name in layers] for row in (history[0].get, lambda name: last_tenth(history, name)))
     ctx.record_result(
@@ -163,7 +168,8 @@ def _record(
         last_tenth_loss=last_tenth(history, "loss"),
         first_layer_losses=first,
         last_tenth_layer_losses=last,
-        least_fall=min(1 - end / start if start else 0.0 for start, end in zip(first, last, strict=True)),
+        # A layer that is the teacher's own has no loss to lower.
+        least_fall=min((1 - end / start for start, end in zip(first, last, strict=True) if start), default=0.0),
     )
     ctx.record_timing(
         seconds=seconds,

@@ -56,8 +56,8 @@ def test_kept_layers_may_come_from_a_conversion(context, models) -> None:  # noq
     ctx = context("hybrid_init", {"model": "teacher", "latent": "latent"}, keep=[2], conv_kernel=3)
     model = load_model(INIT.run(ctx)["model"])
     assert model.config.mixers[2] == "latent_attention" and model.config.mixers.count("mamba2") == LAYERS - 1
-    for name, tensor in models["latent"].model.layers[2].self_attn.state_dict().items():
-        assert torch.equal(tensor, model.model.layers[2].self_attn.state_dict()[name])
+    for name, tensor in models["latent"].model.layers[2].state_dict().items():
+        assert torch.equal(tensor, model.model.layers[2].state_dict()[name])
     predicted = INIT.describe(ctx.config, metas(models, model="teacher", latent="latent"))["model"]
     assert normalise(model.config.to_dict()) == predicted.architecture
 
@@ -91,7 +91,7 @@ def test_what_hybrid_init_refuses(models) -> None:
     with pytest.raises(RecipeError, match="it cannot become mamba2") as caught:
         INIT.check(init(), metas(models, model="latent"))
     assert "before its conversion" in caught.value.problems[0].fix
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="write keep_every=null to use keep"):
         init(keep=[1], keep_every=2)
     with pytest.raises(ValueError, match=r"keep=\[1,? 2\]"):
         init(keep=[2, 1])
@@ -233,7 +233,7 @@ def test_a_budget_is_kept_to_with_states_counted(context, models) -> None:  # no
     assert cache_bytes(normalise(hybrid.config.to_dict()), 256) <= 0.6 * whole
     assert found["cache_ratio"] == pytest.approx(cache_bytes(normalise(hybrid.config.to_dict()), 256) / whole)
     given = metas(models, **SELECTING)
-    with pytest.raises(RecipeError, match="the smallest takes"):
+    with pytest.raises(RecipeError, match="the smallest hybrid takes"):
         SELECT.check(SELECT.Config(method="budget", cache_ratio=0.01, cache_tokens=256, sequence_length=32), given)
 
 
@@ -260,7 +260,7 @@ def test_the_plan_knows_how_many_but_not_which(models) -> None:
     meta = SELECT.describe(SELECT.Config(keep_fraction=0.5, **SMALL), given)["selection"]
     assert len(meta.extra["kept"]) == 3 and meta.extra["open"] == ["kept"]
     assert "open" not in SELECT.describe(SELECT.Config(method="uniform", n_keep=2), given)["selection"].extra
-    with pytest.raises(RecipeError, match="n_keep is 9"):
+    with pytest.raises(RecipeError, match="9 layers are to stay attention, and the models have 6"):
         SELECT.check(SELECT.Config(n_keep=9, **SMALL), given)
     with pytest.raises(RecipeError, match="sequence_length 4096 exceeds"):
         SELECT.check(SELECT.Config(n_keep=2, sequence_length=4096), given)

@@ -134,14 +134,16 @@ def test_latent_layers_come_from_a_conversion() -> None:
     latent, _ = upcycle(source, {"kv_lora_rank": 16})
     with torch.no_grad():
         for layer in latent.model.layers:
-            layer.mlp.gate_proj.weight.zero_()  # only mixers are taken
+            layer.mlp.gate_proj.weight.mul_(2)  # as alignment would: a layer comes with the MLP it was aligned with
     kinds = ["latent_attention", "mamba2", "full_attention"]
     hybrid = hybridize(source, kinds, latent_from=latent)
     assert hybrid.config.mixers == kinds
     for name, tensor in mixer(latent).state_dict().items():
         assert torch.equal(mixer(hybrid).state_dict()[name], tensor)
     assert torch.equal(mixer(hybrid, 1).in_proj.weight[-4 - 64 : -4], mixer(source, 1).q_proj.weight)
-    assert torch.equal(hybrid.model.layers[0].mlp.gate_proj.weight, source.model.layers[0].mlp.gate_proj.weight)
+    for index, donor in enumerate((latent, source, source)):
+        ours, theirs = hybrid.model.layers[index].mlp.gate_proj.weight, donor.model.layers[index].mlp.gate_proj.weight
+        assert torch.equal(ours, theirs)
     assert torch.isfinite(hybrid(ids()).logits).all()
     # A latent model keeps its latent layers, but has no queries, keys and values to make a state of.
     again = hybridize(hybrid, ["latent_attention", "mamba2", "mamba2"])

@@ -11,7 +11,7 @@ from source_models import make_source
 
 from posttrain.errors import RecipeError, StageError, StopRequested
 from posttrain.methods.layer_distillation import IldConfig
-from posttrain.methods.layer_distillation.stage import trained_parameters
+from posttrain.methods.layer_distillation.stage import layer_names, trained_parameters
 from posttrain.methods.layer_distillation.trainer import LayerTrainer, layer_shares, select_by_layer
 from posttrain.models.architecture import normalise
 from posttrain.models.upcycling import convert_full_attention
@@ -31,6 +31,19 @@ def make_trainer(tmp_path, student=None, **changes) -> LayerTrainer:
 def one_step(trainer: LayerTrainer) -> list[dict[str, float]]:
     trainer.args.max_steps = 1
     return trainer.fit()
+
+
+def test_layers_are_told_by_number_and_the_teachers_own_do_not_count(context, world) -> None:  # noqa: F811
+    from posttrain.methods.hybrid_ssm import hybridize
+    from posttrain.models.loading import load_model, save_model
+    from posttrain.models.tiny import tiny_tokenizer
+
+    row = {f"layer_{layer:02d}": 1.0 for layer in (100, 10, 99, 2)}
+    assert layer_names({"loss": 1.0, **row}) == ["layer_02", "layer_10", "layer_99", "layer_100"]
+    mixed = hybridize(load_model(world / "teacher"), ["full_attention", "mamba2", "mamba2"])
+    save_model(mixed, tiny_tokenizer(), world / "mixed")
+    _, _, result = outcome(context(student="mixed", max_steps=60))
+    assert result["first_layer_losses"][0] == 0 and result["least_fall"] > 0.3
 
 
 @pytest.mark.parametrize("kind", ["state", "latent"])
