@@ -34,16 +34,18 @@ NOT_ALIGNED = [
     "stages.assemble.inputs.state=state.model",
     "stages.assemble.inputs.attention=latent.model",
 ]
+UNIFORM = ["stages.select.method=uniform"]
 ALIGNED_START = ["stages.state.init=aligned", "stages.state.inputs.data=data.train"]
 ARMS: dict[str, list[str]] = {
     "smart": [],
-    "uniform": ["stages.select.method=uniform"],
+    "uniform": UNIFORM,
     "greedy_kl": ["stages.select.method=greedy_kl"],
-    "no_ild": NOT_ALIGNED,
-    "aligned_init": ALIGNED_START,
-    "aligned_init_no_ild": [*NOT_ALIGNED, *ALIGNED_START],
+    "uniform_no_ild": [*UNIFORM, *NOT_ALIGNED],
+    "uniform_aligned_init": [*UNIFORM, *ALIGNED_START],
+    "uniform_aligned_init_no_ild": [*UNIFORM, *NOT_ALIGNED, *ALIGNED_START],
 }
-"""Overrides of the recipe; where an arm says nothing: published start, both alignments, `smart`."""
+"""Overrides of the recipe; where an arm says nothing: published start, both alignments, `smart`. The starts and the
+alignment are compared on the same layers, evenly spread: scores of models that were not aligned would choose others."""
 SHARES = (0.25, 0.5)
 
 
@@ -116,8 +118,12 @@ def name(arm: str, share: float, seed: int) -> str:
 def keep(options: argparse.Namespace, arm: str, share: float, seed: int) -> dict[str, Any] | None:
     """What a finished run came to, also written to `results`; None while it is not finished."""
     path = options.out / "results" / f"{name(arm, share, seed)}.json"
+    words = overrides(arm, share, seed, options)
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["words"] != words:
+            raise SystemExit(f"{path} is of another study ({' '.join(found['words'])}): give another --out")
+        return found
     record = options.out / "runs" / name(arm, share, seed) / "run.json"
     if not record.is_file():
         return None
@@ -134,7 +140,13 @@ def keep(options: argparse.Namespace, arm: str, share: float, seed: int) -> dict
         for config in (made[key]["config"] for key in made if made[key]["type"] == "ild")
     )
     found = {
-        **{"arm": arm, "attention": share, "seed": seed, "kept": made["select"]["metrics"]["result"]["kept"]},
+        **{
+            "words": words,
+            "arm": arm,
+            "attention": share,
+            "seed": seed,
+            "kept": made["select"]["metrics"]["result"]["kept"],
+        },
         **{"result": made["evaluate"]["metrics"]["result"], "tokens_before": before},
         "curve": [(step["step"] * tokens, step["loss"]) for step in steps],
         "seconds": {key: made[key]["seconds"] for key in made},

@@ -31,8 +31,8 @@ def test_every_arm_is_planned_with_the_same_tokens(arm: str, tmp_path: Path) -> 
     trained = [stages[name] for name in ("align_state", "align_latent", "distill") if name in stages]
     assert sum(cfg.max_steps * cfg.tokens_per_step for cfg in trained) == 4096 + 2 * 1024
     assert ("align_state" in stages) == ("no_ild" not in arm)
-    assert stages["state"].init == ("aligned" if arm.startswith("aligned") else "published")
-    assert stages["select"].method == (arm if arm in ("uniform", "greedy_kl") else "smart")
+    assert stages["state"].init == ("aligned" if "aligned_init" in arm else "published")
+    assert stages["select"].method == (arm if arm in ("smart", "greedy_kl") else "uniform")
     assert found.resolved.frame.seed == 3
     assert not {"prefer", "datasets.pairs"} & set(stages)
 

@@ -1,7 +1,6 @@
 """`ssd_scan` and `ssd_step`: checks and dispatch. Legend: see `reference.py`.
 
-Triton where `triton_scan.py` says that its kernels take the tensors (on CUDA it must be asked for, see there),
-`torch_scan.py` elsewhere.
+Triton where `triton_scan.py` says that its kernels take the tensors, `torch_scan.py` elsewhere.
 """
 
 from __future__ import annotations
