@@ -28,7 +28,7 @@ def collect_head_statistics(
 
     Args:
         model: a Llama-shaped causal LM; left as it was.
-        batches: token ids [B, T], without padding. Where a row joins documents, what looks across their border counts as well.
+        batches: token ids [B, T], without padding. Where a row joins documents, what looks across their border counts.
         on_batch: called with the number of batches done; it may raise to stop.
 
     Raises:
