@@ -57,8 +57,8 @@ class TrainingConfig(StageConfig):
     cuda_graph: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Replay forward, loss and backward of a micro-batch as one captured CUDA graph, so that launching "
-        "kernels takes no time. auto: on GPUs that each hold the whole model, where batches have one shape and no "
-        "random numbers are drawn.",
+        "kernels takes no time. auto: on one GPU, where batches have one shape and no random numbers are drawn; on: "
+        "also on several that each hold the whole model (not run yet).",
         json_schema_extra=NOT_IN_KEY,
     )
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(

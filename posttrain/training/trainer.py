@@ -210,7 +210,9 @@ class StageTrainer(ShardedTrainer):
         if self.config.cuda_graph == "on" and against:
             where = f"stages.{self.ctx.name}.cuda_graph"
             raise StageError(f"no CUDA graph of the training step: {against[0]}", where=where, fix=f"{where}=auto")
-        return self.config.cuda_graph != "off" and not against
+        # Graphs of several ranks have not run on several GPUs yet: they are for those who ask.
+        wanted = self.config.cuda_graph == "on" or (self.config.cuda_graph == "auto" and self.ctx.world_size == 1)
+        return wanted and not against
 
     def activation_plan(self) -> ActivationPlan:
         """What the layers of the trained model keep for the backward pass."""
@@ -281,7 +283,8 @@ class StageTrainer(ShardedTrainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Not of decays, step biases and skips of state-space layers either: Mamba's own code leaves them alone."""
-        without = {"A_log", "dt_bias", "D"}
+        from posttrain.models.upcycled.mamba_upcycled import FP32 as without
+
         return [name for name in super().get_decay_parameter_names(model) if name.rpartition(".")[2] not in without]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

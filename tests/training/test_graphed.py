@@ -40,14 +40,16 @@ def test_auto_leaves_alone_what_cannot_be_captured(tmp_path, changes, captures):
     assert trainer.captures == captures
 
 
-def test_ranks_that_hold_the_whole_model_capture(tmp_path):
+def test_ranks_that_hold_the_whole_model_capture_when_asked(tmp_path):
     """Gradients are added between the graphs; what is in shards is gathered within the step, by other ranks too."""
-    trainer = make_trainer(tmp_path)
-    trainer.args.__dict__["_setup_devices"] = torch.device("cuda", 0)
-    trainer.ctx = replace(trainer.ctx, world_size=2, strategy="ddp")
-    assert trainer.captures
+    for setting, captures in (("auto", False), ("on", True)):
+        trainer = make_trainer(tmp_path / setting, cuda_graph=setting)
+        trainer.args.__dict__["_setup_devices"] = torch.device("cuda", 0)
+        trainer.ctx = replace(trainer.ctx, world_size=2, strategy="ddp")
+        assert trainer.captures == captures
     trainer.sharding = object()
-    assert not trainer.captures
+    with pytest.raises(StageError, match="the whole model on every rank"):
+        assert trainer.captures
 
 
 @pytest.mark.gpu
