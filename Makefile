@@ -17,7 +17,7 @@ STEPS := stock:$(BF16) stock:compile=model,$(BF16) ours:$(BF16) \
   ours:$(BF16),logits_dtype=bfloat16,activation_budget_gib=4.4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-hydra-next test-gpu test-slurm bench lint format clean
+.PHONY: help setup demo test fuzz test-hydra-next test-gpu test-slurm bench lint format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ demo: $(STAMP) ## Upcycle SmolLM2-135M to MLA, distil it and write the report (a
 
 test: $(STAMP) ## Run the tests (about half an hour on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+fuzz: $(STAMP) ## Run the tests that draw examples on new ones, not those that `make test` draws each time (a minute)
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile=default $$(grep -rl '^@given' tests)
 
 # Without conftest.py, whose fixtures are for tests that have torch.
 test-hydra-next: $(STAMP) $(NEXT_STAMP) ## Compose everything that is shipped on the pre-release of Hydra too (under a minute)

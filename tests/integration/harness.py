@@ -12,6 +12,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from posttrain.testing import Pause
 
 ROOT = Path(__file__).parents[2]
 RUN = ["run", "x_ecomla", "scale=smoke"]
@@ -42,18 +45,39 @@ def posttrain(
     return done
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+def start(*arguments: str, cwd: Path, extra_path: Path | None = None) -> subprocess.Popen[bytes]:
     """The same command, left running; its output goes to `cwd/command.log`."""
     log = (cwd / "command.log").open("ab")
     return subprocess.Popen(
         [sys.executable, "-m", "posttrain", *arguments],
         cwd=cwd,
-        env=environment(cwd / "cache"),
+        env=environment(cwd / "cache", extra_path),
         stdout=log,
         stderr=log,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
+
+
+def start_and_pause(
+    *arguments: str, cwd: Path, event: dict[str, Any] | None = None, opening: str | None = None
+) -> tuple[subprocess.Popen[bytes], int]:
+    """The same command, left running until the moment that `Pause` describes: it, and the process that stands still."""
+    pause = Pause(cwd, event=event, opening=opening)
+    command = start(*arguments, cwd=cwd, extra_path=pause.path)
+
+    def stands() -> bool:
+        assert command.poll() is None, f"it ended before {event or opening}\n{(cwd / 'command.log').read_text()}"
+        return pause.pid is not None
+
+    wait_for(stands, str(event or opening))
+    assert (pid := pause.pid) is not None
+    return command, pid
+
+
+def step_of(stage: str, step: int) -> dict[str, Any]:
+    """The event of a stage's optimiser step."""
+    return {"event": "metrics", "stage": stage, "step": step}
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float | None = None) -> None:
@@ -103,12 +127,6 @@ def deterministic_part(outputs: Path, stage: str) -> dict:
     }
 
 
-def inside_a_checkpoint_save(outputs: Path) -> bool:
-    """Whether a checkpoint folder exists that is not complete."""
-    folders = list(outputs.glob("store/distill/.work-*/checkpoints/checkpoint-*"))
-    return any(not (folder / "COMPLETE").exists() for folder in folders)
-
-
 def copy_store_without(base: Path, target: Path, *types: str) -> None:
     """A new outputs folder that has the artifacts of `base`, except those of the given stage types."""
     shutil.copytree(base / "store", target / "store", symlinks=True, ignore=lambda _, names: set(types) & set(names))
@@ -116,21 +134,6 @@ def copy_store_without(base: Path, target: Path, *types: str) -> None:
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-
-
-def freeze_when(pid: int, condition: Callable[[], bool], what: str) -> None:
-    """Let the process run in slices of two milliseconds and leave it stopped when the condition holds.
-
-    A moment that lasts shorter than a look at the file system cannot be caught while the process goes on.
-    """
-    end = time.monotonic() + DEADLINE
-    while True:
-        os.kill(pid, signal.SIGSTOP)
-        if condition():
-            return
-        assert not gone(pid) and time.monotonic() < end, f"the process ended before {what}"
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(0.002)
 
 
 def thaw(pid: int) -> None:

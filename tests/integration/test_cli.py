@@ -21,7 +21,9 @@ from harness import (
     events,
     has_event,
     posttrain,
-    start,
+    start_and_pause,
+    step_of,
+    thaw,
     wait_for,
 )
 
@@ -96,12 +98,13 @@ def test_a_model_folder_and_a_file_of_ones_own(undisturbed: Path, tmp_path: Path
 def test_a_graceful_stop_resumes_to_the_same_result(how: str, undisturbed: Path, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     copy_store_without(undisturbed, outputs, "distill")
-    runner = start(*RUN, cwd=tmp_path)
-    wait_for(lambda: has_event(outputs, "stage_started", "distill"), "the start of training")
+    runner, pid = start_and_pause(*RUN, cwd=tmp_path, event=step_of("distill", 1))
     if how == "ctrl-c":
         os.kill(runner.pid, signal.SIGINT)
     else:
         posttrain("cancel", cwd=tmp_path)
+    wait_for(lambda: any(outputs.glob("store/distill/.work-*/STOP")), "the wish to stop")
+    thaw(pid)
     assert runner.wait(timeout=60) == 75
     assert has_event(outputs, "stage_stopped", "distill")
     assert "stopped" in posttrain("status", cwd=tmp_path).stdout

@@ -16,15 +16,13 @@ from harness import (
     copy_store_without,
     deterministic_part,
     events,
-    freeze_when,
     gone,
     has_event,
     kill,
     posttrain,
-    start,
+    start_and_pause,
+    step_of,
     thaw,
-    wait_for,
-    worker_pid,
 )
 
 MIB = 2**20
@@ -145,11 +143,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     name: str, undisturbed: Path, without_distill: Path, tmp_path: Path
 ) -> None:
     outputs = without_distill
-    command = start(*RUN, cwd=tmp_path)
-    wait_for(lambda: has_event(outputs, "stage_started", "distill"), "the worker")
-    pid = worker_pid(outputs, "distill")
+    command, pid = start_and_pause(*RUN, cwd=tmp_path, event=step_of("distill", 5))
     complete = "store/distill/.work-*/checkpoints/checkpoint-4/COMPLETE"
-    freeze_when(pid, lambda: any(outputs.glob(complete)), "the second checkpoint")
     kill(pid)
     thaw(pid)
     assert command.wait(timeout=60) == 1
@@ -186,11 +181,8 @@ def test_a_disk_that_fills_up_while_training_is_one_message_and_resumes(
 ) -> None:
     outputs = small_disk / "outputs"
     copy_store_without(undisturbed, outputs, "distill")
-    command = start(*RUN, cwd=small_disk)
-    wait_for(lambda: has_event(outputs, "stage_started", "distill"), "the worker")
-    pid = worker_pid(outputs, "distill")
     # Between two checkpoints: the first is complete, the second will not fit.
-    freeze_when(pid, lambda: has_event(outputs, "metrics", "distill", step=3), "the third step")
+    command, pid = start_and_pause(*RUN, cwd=small_disk, event=step_of("distill", 3))
     ballast = fill(small_disk, leave)
     thaw(pid)
     assert command.wait(timeout=60) == 1

@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import (
     RUN,
     copy_store_without,
     deterministic_part,
-    freeze_when,
     gone,
     has_event,
-    inside_a_checkpoint_save,
     kill,
     posttrain,
     start,
+    start_and_pause,
+    step_of,
     thaw,
     wait_for,
     worker_pid,
 )
 
-
-def _a_complete_checkpoint(outputs: Path) -> bool:
-    return any(outputs.glob("store/distill/.work-*/checkpoints/checkpoint-*/COMPLETE"))
-
-
-MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
-    "before training": ("distill", lambda outputs: has_event(outputs, "stage_started", "distill")),
-    "after the first step": ("distill", lambda outputs: has_event(outputs, "metrics", "distill", step=1)),
-    "inside a checkpoint save": ("distill", inside_a_checkpoint_save),
-    "after a checkpoint": ("distill", _a_complete_checkpoint),
-    "between two documents": ("evaluate", lambda outputs: has_event(outputs, "progress", "evaluate", done=1)),
+MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "before training": ("distill", {"opening": "*/store/mla_upcycle/*/model/config.json"}),
+    "after the first step": ("distill", {"event": step_of("distill", 1)}),
+    "inside a checkpoint save": ("distill", {"opening": "*/checkpoints/checkpoint-2/*COMPLETE*"}),
+    "after a checkpoint": ("distill", {"event": step_of("distill", 3)}),
+    "between two documents": ("evaluate", {"event": {"event": "progress", "stage": "evaluate", "done": 1}}),
 }
 
 
 @pytest.mark.parametrize("victim", ["worker", "runner"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed_equals_undisturbed(moment: str, victim: str, undisturbed: Path, tmp_path: Path) -> None:
-    stage, reached = MOMENTS[moment]
+    stage, at = MOMENTS[moment]
     outputs = tmp_path / "outputs"
     # All that the killed stage does not decide comes from the store; the evaluations' key is known before they run.
     copy_store_without(undisturbed, outputs, stage)
 
-    runner = start(*RUN, cwd=tmp_path)
-    wait_for(lambda: has_event(outputs, "stage_started", stage), "the worker")
-    pid = worker_pid(outputs, stage)
-    freeze_when(pid, lambda: reached(outputs), moment)
+    runner, pid = start_and_pause(*RUN, cwd=tmp_path, **at)
     kill(pid if victim == "worker" else runner.pid)
     thaw(pid)
     assert runner.wait(timeout=60) != 0

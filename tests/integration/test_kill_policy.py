@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,14 +11,11 @@ from harness import (
     artifact,
     copy_store_without,
     deterministic_part,
-    freeze_when,
-    has_event,
     kill,
     posttrain,
-    start,
+    start_and_pause,
+    step_of,
     thaw,
-    wait_for,
-    worker_pid,
 )
 
 LEARN = [
@@ -64,26 +61,14 @@ def test_what_a_run_leaves(learnt: Path) -> None:
     assert timing["rollout"] == "engine" and min(timing["parts"].values()) >= 0
 
 
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "after the first step": lambda outputs: has_event(outputs, "metrics", "rl", step=1),
-    "after the third step": lambda outputs: has_event(outputs, "metrics", "rl", step=3),
-}
+def interrupted(learnt: Path, folder: Path, step: int) -> tuple[subprocess.Popen[bytes], int]:
+    """A run that stands still after that step: the command, and the worker's pid."""
+    copy_store_without(learnt, folder / "outputs", "riskpo")
+    return start_and_pause(*LEARN, cwd=folder, event=step_of("rl", step))
 
 
-def interrupted(learnt: Path, folder: Path, reached: Callable[[Path], bool], what: str) -> tuple[int, object]:
-    """A run that stands still at that moment: the worker's pid, and the command."""
-    outputs = folder / "outputs"
-    copy_store_without(learnt, outputs, "riskpo")
-    runner = start(*LEARN, cwd=folder)
-    wait_for(lambda: has_event(outputs, "stage_started", "rl"), "the worker")
-    pid = worker_pid(outputs, "rl")
-    freeze_when(pid, lambda: reached(outputs), what)
-    return pid, runner
-
-
-@pytest.mark.parametrize("moment", ["after the third step"])
-def test_killed_and_resumed_equals_undisturbed(moment: str, learnt: Path, tmp_path: Path) -> None:
-    pid, runner = interrupted(learnt, tmp_path, MOMENTS[moment], moment)
+def test_killed_and_resumed_equals_undisturbed(learnt: Path, tmp_path: Path) -> None:
+    runner, pid = interrupted(learnt, tmp_path, step=3)
     kill(pid)
     assert runner.wait(timeout=60) != 0
     posttrain("resume", cwd=tmp_path)
@@ -97,7 +82,7 @@ def test_killed_and_resumed_equals_undisturbed(moment: str, learnt: Path, tmp_pa
 @pytest.mark.slow
 def test_stopped_and_resumed_equals_undisturbed(learnt: Path, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
-    pid, runner = interrupted(learnt, tmp_path, MOMENTS["after the first step"], "the first step")
+    runner, pid = interrupted(learnt, tmp_path, step=1)
     (work_dir,) = outputs.glob("store/riskpo/.work-*")
     (work_dir / "STOP").touch()
     thaw(pid)

@@ -9,15 +9,10 @@ import pytest
 from harness import (
     copy_store_without,
     deterministic_part,
-    freeze_when,
-    has_event,
-    inside_a_checkpoint_save,
     kill,
     posttrain,
-    start,
+    start_and_pause,
     thaw,
-    wait_for,
-    worker_pid,
 )
 
 from posttrain.paths import user_cache
@@ -53,10 +48,7 @@ def test_smollm2_killed_inside_saves_and_resumed(tmp_path: Path, monkeypatch: py
     for victim in ("worker", "runner"):
         folder = tmp_path / victim
         copy_store_without(undisturbed, folder / "outputs", "distill")
-        runner = start(*RUN, cwd=folder)
-        wait_for(lambda at=folder: has_event(at / "outputs", "metrics", "distill", step=1), "the first step")
-        pid = worker_pid(folder / "outputs", "distill")
-        freeze_when(pid, lambda at=folder: inside_a_checkpoint_save(at / "outputs"), "a checkpoint save")
+        runner, pid = start_and_pause(*RUN, cwd=folder, opening="*/checkpoints/checkpoint-*/*COMPLETE*")
         kill(pid if victim == "worker" else runner.pid)
         thaw(pid)
         assert runner.wait(timeout=60) != 0

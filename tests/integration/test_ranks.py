@@ -12,12 +12,11 @@ from harness import (
     artifact,
     copy_store_without,
     deterministic_part,
-    freeze_when,
     gone,
-    has_event,
     kill,
     posttrain,
-    start,
+    start_and_pause,
+    step_of,
     thaw,
     wait_for,
     worker_pid,
@@ -84,13 +83,11 @@ def test_two_ranks_give_the_loss_curve_of_one_when_fine_tuning(tmp_path: Path) -
 
 
 def training(outputs: Path, tmp_path: Path) -> tuple[int, dict[int, int], object]:
-    """A run on two ranks, frozen after its first step: the worker's pid, its ranks, and the command."""
-    command = start(*DISTILL, cwd=tmp_path)
-    wait_for(lambda: has_event(outputs, "stage_started", "distill"), "the worker")
+    """A run on two ranks, the first of which stands after its third step: the worker's pid, its ranks, the command."""
+    command, first = start_and_pause(*DISTILL, cwd=tmp_path, event=step_of("distill", 3))
     pid = worker_pid(outputs, "distill")
-    wait_for(lambda: len(ranks_of(pid)) == 2, "the ranks")
     ranks = ranks_of(pid)
-    freeze_when(ranks[0], lambda: has_event(outputs, "metrics", "distill", step=3), "the third step")
+    assert len(ranks) == 2 and ranks[0] == first
     return pid, ranks, command
 
 

@@ -11,14 +11,12 @@ from harness import (
     artifact,
     copy_store_without,
     deterministic_part,
-    freeze_when,
     gone,
-    has_event,
     kill,
     posttrain,
-    start,
+    start_and_pause,
+    step_of,
     thaw,
-    wait_for,
     worker_pid,
 )
 from test_ranks import TOLERANCE, history, ranks_of
@@ -66,12 +64,9 @@ def test_a_killed_rank_is_a_clear_failure_in_seconds_and_resumes(
 ) -> None:
     outputs = tmp_path / "outputs"
     copy_store_without(undisturbed, outputs, "distill")
-    command = start(*on_two(FULLY), cwd=tmp_path)
-    wait_for(lambda: has_event(outputs, "stage_started", "distill"), "the worker")
-    pid = worker_pid(outputs, "distill")
-    wait_for(lambda: len(ranks_of(pid)) == 2, "the ranks")
-    ranks = ranks_of(pid)
-    freeze_when(ranks[0], lambda: has_event(outputs, "metrics", "distill", step=3), "the third step")
+    command, first = start_and_pause(*on_two(FULLY), cwd=tmp_path, event=step_of("distill", 3))
+    ranks = ranks_of(worker_pid(outputs, "distill"))
+    assert len(ranks) == 2 and ranks[0] == first
     began = time.monotonic()
     kill(ranks[1])
     thaw(ranks[0])
@@ -89,10 +84,10 @@ def test_another_engine_goes_on_with_the_same_stage(undisturbed: Path, whole: Pa
     """Stopped under zero3 on two ranks, gone on with under fsdp2 on one; a whole-model engine is refused."""
     outputs = tmp_path / "outputs"
     copy_store_without(undisturbed, outputs, "distill")
-    command = start(*on_two(FULLY), cwd=tmp_path)
-    wait_for(lambda: has_event(outputs, "metrics", "distill", step=1), "the first step")
+    command, first = start_and_pause(*on_two(FULLY), cwd=tmp_path, event=step_of("distill", 1))
     (work_dir,) = outputs.glob("store/distill/.work-*")
     (work_dir / "STOP").touch()
+    thaw(first)
     assert command.wait(timeout=60) == 75
     refused = posttrain(*DISTILL, "engine=cpu", cwd=tmp_path, check=False)
     assert refused.returncode == 1

@@ -11,14 +11,13 @@ from harness import (
     copy_store_without,
     deterministic_part,
     events,
-    freeze_when,
-    has_event,
     kill,
     posttrain,
     start,
+    start_and_pause,
+    step_of,
     thaw,
     wait_for,
-    worker_pid,
 )
 
 STAGES = {"data", "datasets.pairs", "distill", "evaluate", "evaluate_converted", "model", "prefer", "upcycle"}
@@ -52,10 +51,7 @@ def test_a_run_waiting_for_anothers_stage_takes_it_over_when_that_runner_is_kill
 ) -> None:
     outputs = tmp_path / "outputs"
     copy_store_without(undisturbed, outputs, "distill")
-    first = start(*RUN, cwd=tmp_path)
-    wait_for(lambda: has_event(outputs, "stage_started", "distill"), "the worker")
-    pid = worker_pid(outputs, "distill")
-    freeze_when(pid, lambda: has_event(outputs, "metrics", "distill", step=1), "the first step")
+    first, pid = start_and_pause(*RUN, cwd=tmp_path, event=step_of("distill", 1))
     second = start(*RUN, "--name", "other", cwd=tmp_path)
     wait_for(lambda: b"waiting for that" in (tmp_path / "command.log").read_bytes(), "the second to wait")
     kill(first.pid)

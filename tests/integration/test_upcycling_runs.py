@@ -11,14 +11,11 @@ from harness import (
     artifact,
     copy_store_without,
     deterministic_part,
-    freeze_when,
-    has_event,
     kill,
     posttrain,
-    start,
+    start_and_pause,
+    step_of,
     thaw,
-    wait_for,
-    worker_pid,
 )
 
 TRANSMLA = ["run", "transmla", "scale=smoke"]
@@ -43,11 +40,8 @@ def killed_and_resumed(run: list[str], base: Path, folder: Path, stage: str, typ
     """The outputs of a run whose worker was killed after its first checkpoint, and that was then resumed."""
     outputs = folder / "outputs"
     copy_store_without(base, outputs, type_)
-    runner = start(*run, cwd=folder)
-    wait_for(lambda: has_event(outputs, "stage_started", stage), "the worker")
-    pid = worker_pid(outputs, stage)
-    complete = f"store/{type_}/.work-*/checkpoints/checkpoint-*/COMPLETE"
-    freeze_when(pid, lambda: any(outputs.glob(complete)), "a checkpoint")
+    runner, pid = start_and_pause(*run, cwd=folder, event=step_of(stage, 3))
+    assert any(outputs.glob(f"store/{type_}/.work-*/checkpoints/checkpoint-2/COMPLETE"))
     kill(pid)
     thaw(pid)
     assert runner.wait(timeout=60) != 0
