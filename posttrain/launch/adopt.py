@@ -6,7 +6,6 @@ Its manifest says `adopted`: from where, when and by whom. Nothing is computed a
 from __future__ import annotations
 
 import getpass
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from posttrain.errors import Problem, RecipeError, StageError
 from posttrain.launch.execute import Computed, host_facts, make_manifest, measure
 from posttrain.launch.job import CLAIM, LOCK, Job
 from posttrain.launch.source_code import source_code
+from posttrain.models.finite import first_non_finite
 from posttrain.pipeline.files import clear, discard_tree, list_files, write_text
 from posttrain.pipeline.graph import in_section
 from posttrain.pipeline.lock import Lock, LockHeld
@@ -26,7 +26,6 @@ from posttrain.pipeline.store import REQUIRED_FILES, Artifact, publish, seal
 
 MAY_BE_MADE_UP = {"history": {"history.jsonl": ""}}
 """Artifact type to the files of one that says nothing: a model made by hand has no training log."""
-CHUNK = 2**22
 
 
 def adopt(plan: Plan, name: str, folder: Path, *, force: bool = False) -> Artifact:
@@ -130,38 +129,6 @@ def _wrong_files(name: str, type_: str, folder: Path) -> Iterator[Problem]:
             yield Problem(f"tensor {tensor} has NaN or infinite numbers", str(path), "look at how it was made")
         if relative.endswith((".bin", ".pt", ".pth", ".pkl")):
             yield Problem("pickled files are not taken over", str(path), "save weights as safetensors")
-
-
-def first_non_finite(file: Path) -> str | None:
-    """The first tensor of a safetensors file with a NaN or an infinity, read in pieces; None if there is none.
-
-    Broken files are not looked at: `check_model_folder` says what is wrong with them.
-    """
-    import numpy
-
-    kinds = {"F64": numpy.float64, "F32": numpy.float32, "F16": numpy.float16, "BF16": numpy.uint16}
-    with file.open("rb") as stream:
-        try:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        except (ValueError, MemoryError, OverflowError):
-            return None
-        for name, entry in header.items():
-            if name == "__metadata__" or entry.get("dtype") not in kinds:
-                continue
-            begin, end = entry["data_offsets"]
-            stream.seek(8 + length + begin)
-            while begin < end:
-                block = stream.read(min(CHUNK, end - begin))
-                if not block:
-                    return None
-                begin += len(block)
-                numbers = numpy.frombuffer(block, kinds[entry["dtype"]])
-                # bf16 has no type here: all bits of the exponent set means no finite number.
-                bad = (numbers & 0x7F80) == 0x7F80 if entry["dtype"] == "BF16" else ~numpy.isfinite(numbers)
-                if bad.any():
-                    return name
-    return None
 
 
 def _job(plan: Plan, planned: StagePlan) -> Job:

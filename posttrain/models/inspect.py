@@ -20,6 +20,8 @@ _OLDER_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
 """Files in which older exports of the supported families keep their tokenizer."""
 _TOKENIZER_DIGEST = "tokenizer-1"
 """Changed when `_digest_tokenizer` would give another digest of the same file."""
+_LARGEST_TOKEN = "largest-token-1"
+"""Changed when `_largest_token` would give another number of the same file."""
 _README_HEAD = 16_384
 _STATE_OF_LAST_CALL = ("padding", "truncation")
 _LIBRARY_DEFAULTS = {
@@ -84,6 +86,26 @@ def needs_sentencepiece(folder: str | Path) -> bool:
     """Whether the tokenizer is a SentencePiece model alone, which is read with a package of that name."""
     path = Path(folder)
     return not (path / TOKENIZER).is_file() and not (path / "vocab.json").is_file()
+
+
+def check_vocabulary(folder: str | Path) -> None:
+    """Compare the tokenizer's ids with the model's embeddings; an older tokenizer is not looked at.
+
+    Raises:
+        RecipeError: the tokenizer writes ids that have no embedding.
+    """
+    path = Path(folder)
+    if not (path / TOKENIZER).is_file():
+        return
+    rows = read_architecture(path).get("vocab_size")
+    largest = int(digest_by(path / TOKENIZER, _largest_token, _LARGEST_TOKEN))
+    if rows is not None and largest >= rows:
+        raise RecipeError(
+            f"the tokenizer writes ids up to {largest}, the model has embeddings for {rows} (vocab_size)",
+            where=str(path),
+            fix="copy the tokenizer that belongs to the model, or `model.resize_token_embeddings(len(tokenizer))` of "
+            "transformers and save the model again",
+        )
 
 
 def chat_template_digest(folder: str | Path) -> str | None:
@@ -234,6 +256,15 @@ def _optional_json(file: Path) -> dict[str, Any]:
 
 def _digest_tokenizer(file: Path) -> str:
     return _sha(_canonical(_tokenizer_content(_read_json(file))))
+
+
+def _largest_token(file: Path) -> str:
+    """The largest id that a tokenizer.json knows, as text; -1 if it knows none."""
+    content = _read_json(file)
+    vocabulary = (content.get("model") or {}).get("vocab") or {}
+    # A Unigram model lists its pieces by id.
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return str(max((*ids, *(token["id"] for token in content.get("added_tokens") or ())), default=-1))
 
 
 def _tokenizer_content(tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 from posttrain.errors import RecipeError, StageError
 from posttrain.models.architecture import normalise, parameter_count
 from posttrain.models.config import ModelSourceConfig
+from posttrain.models.finite import first_non_finite
 from posttrain.models.inspect import (
     TOKENIZER,
     check_model_folder,
+    check_vocabulary,
     has_tokenizer,
     model_meta,
     needs_sentencepiece,
@@ -73,10 +75,12 @@ class ModelSource(Stage):
             _require_folder(cfg)
             check_model_folder(cfg.folder)
             _require_tokenizer(cfg)
+            check_vocabulary(cfg.folder)
             return
         folder = _known_folder(cfg)
         if folder is not None:
             _compare(cfg, read_architecture(folder))
+            check_vocabulary(folder)
         elif cfg.architecture is None:
             raise RecipeError(
                 f"the shape of {cfg.name} is not known, and a plan needs it",
@@ -109,8 +113,11 @@ class ModelSource(Stage):
         try:
             check_model_folder(target)
             _compare(cfg, read_architecture(target))
+            check_vocabulary(target)
         except RecipeError as error:
             raise StageError(problems=error.problems) from error
+        if cfg.kind != "random":
+            _require_numbers(target, source)
         ctx.record_result(parameters=parameter_count(read_architecture(target)))
         return {"model": target}
 
@@ -158,6 +165,17 @@ def _require_tokenizer(cfg: ModelSourceConfig) -> None:
         what = f"{folder} has its tokenizer as tokenizer.model only, which takes the package sentencepiece to read"
         fix = f"`pip install sentencepiece protobuf`, or add {TOKENIZER} of the model to the folder"
         raise RecipeError(what, where=where, fix=fix)
+
+
+def _require_numbers(target: Path, source: Path) -> None:
+    """Raise StageError when a weight is NaN or infinite, which later stages would blame on their settings."""
+    for file in sorted(target.glob("*.safetensors")):
+        if (tensor := first_non_finite(file)) is not None:
+            raise StageError(
+                f"tensor {tensor} of the model has NaN or infinite numbers",
+                where=str(source / file.name),
+                fix="take the model as it was before its training diverged, or copy it again",
+            )
 
 
 def _convert_tokenizer(target: Path, source: Path) -> None:

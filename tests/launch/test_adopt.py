@@ -12,7 +12,8 @@ from test_run import Recorder, run
 from toy_stages import toy_recipe
 
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, RecipeError, StageError
-from posttrain.launch.adopt import adopt, first_non_finite
+from posttrain.launch.adopt import adopt
+from posttrain.models.finite import first_non_finite
 from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.store import verify

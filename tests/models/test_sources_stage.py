@@ -97,6 +97,46 @@ def test_folder_is_copied_not_linked(model, tmp_path) -> None:
     assert (out / "model.safetensors").stat().st_nlink == 1
 
 
+def test_a_tokenizer_of_more_tokens_than_embeddings_is_refused_by_the_plan(model, tmp_path) -> None:
+    content = json.loads((model / "tokenizer.json").read_text())
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    last = {**content["added_tokens"][-1], "id": rows - 1, "content": "<last>"}
+    (model / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], last]}))
+    cfg = ModelSourceConfig(path=str(model))
+    STAGE.check(cfg, {})  # an id for each embedding, and embeddings without id, are as it should be
+    beyond = {**last, "id": rows, "content": "<beyond>"}
+    (model / "tokenizer.json").write_text(json.dumps({**content, "added_tokens": [beyond]}))
+    with pytest.raises(RecipeError, match=f"ids up to {rows}, the model has embeddings for {rows}") as refused:
+        STAGE.check(cfg, {})
+    assert "resize_token_embeddings" in str(refused.value)
+    with pytest.raises(StageError, match=f"ids up to {rows}"):
+        run(cfg, tmp_path / "work")
+
+
+def test_an_older_tokenizer_of_too_many_tokens_is_refused_once_it_is_converted(tmp_path) -> None:
+    model = tmp_path / "old"
+    write_random_model(model, {**TINY["architecture"], "model_type": "qwen2"}, 0)
+    old_export(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    with pytest.raises(StageError, match="the model has embeddings for 100"):
+        run(ModelSourceConfig(path=str(model)), tmp_path / "work")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_where_they_come_from(model, tmp_path, value) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(model / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"].to(torch.bfloat16)
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match="model.layers.1.mlp.up_proj.weight") as refused:
+        run(ModelSourceConfig(path=str(model)), tmp_path / "work")
+    assert refused.value.problems[0].where == str(model / "model.safetensors")
+
+
 def test_interrupted_attempt_leaves_nothing_behind(model, tmp_path) -> None:
     left = tmp_path / "work" / "outputs" / "model"
     left.mkdir(parents=True)
