@@ -73,13 +73,18 @@ def show_value(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def at(model: type[BaseModel], path: KeyPath) -> tuple[Any, FieldInfo | None]:
-    """What may stand at a key path below a model: its annotation, and the field if the path names one."""
+def at(model: type[BaseModel], path: KeyPath, data: Any = None) -> tuple[Any, FieldInfo | None]:
+    """What may stand at a key path below a model: its annotation, and the field if the path names one.
+
+    Args:
+        data: what stands there; its `type` and the like decide between the sections that a union names.
+    """
     annotation: Any = model
     info: FieldInfo | None = None
     for part in path:
         info = None
-        section = section_model(annotation)
+        section = section_model(annotation, data)
+        data = _below(data, part)
         if section is not None and part in section.model_fields:
             info = section.model_fields[str(part)]
             annotation = info.annotation
@@ -88,6 +93,12 @@ def at(model: type[BaseModel], path: KeyPath) -> tuple[Any, FieldInfo | None]:
         inner = get_args(containers[0]) if containers else ()
         annotation = (inner[-1] if get_origin(containers[0]) is dict else inner[0]) if inner else None
     return annotation, info
+
+
+def _below(data: Any, part: str | int) -> Any:
+    if isinstance(data, Mapping):
+        return data.get(part)
+    return data[part] if isinstance(data, list | tuple) and isinstance(part, int) and part < len(data) else None
 
 
 def _members(annotation: Any, wanted: Callable[[Any], bool]) -> list[Any]:
@@ -99,15 +110,33 @@ def _members(annotation: Any, wanted: Callable[[Any], bool]) -> list[Any]:
     return []
 
 
-def section_model(annotation: Any) -> type[BaseModel] | None:
-    """The model behind an annotation that is a section, None for plain values."""
+def section_model(annotation: Any, data: Any = None) -> type[BaseModel] | None:
+    """The model behind an annotation that is a section, None for plain values.
+
+    Of a union told apart by a key it is the one that `data` asks for, or the first.
+    """
     models = _members(annotation, lambda found: isinstance(found, type) and issubclass(found, BaseModel))
+    name = discriminator(annotation)
+    if name is not None and isinstance(data, Mapping):
+        asked = [model for model in models if str(data.get(name)) in literals(model.model_fields[name].annotation)]
+        models = asked or models
     return models[0] if models else None
 
 
-def keys_at(model: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys that may stand at a path below a model."""
-    section = section_model(at(model, path)[0])
+def discriminator(annotation: Any) -> str | None:
+    """The key that tells the members of a union of sections apart; None for all else."""
+    if get_origin(annotation) is not Annotated:
+        return None
+    found = [item.discriminator for item in annotation.__metadata__ if isinstance(item, FieldInfo)]
+    return next((name for name in found if isinstance(name, str)), None)
+
+
+def keys_at(model: type[BaseModel], path: KeyPath, data: Any = None) -> list[str]:
+    """The keys that may stand at a path below a model; see `at`."""
+    annotation, _ = at(model, path, data)
+    for part in path:
+        data = _below(data, part)
+    section = section_model(annotation, data)
     return list(section.model_fields) if section is not None else []
 
 
@@ -148,16 +177,16 @@ def problems_of(
     """
     by_path: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
-        by_path.setdefault(_path_within(item["loc"], data), []).append(item)
-    return [_problem(path, items, model, section, origins, name) for path, items in by_path.items()]
+        by_path.setdefault(_path_within(item["loc"], data, absent=item["type"] == "missing"), []).append(item)
+    return [_problem(path, items, model, section, data, origins, name) for path, items in by_path.items()]
 
 
-def _path_within(location: tuple[str | int, ...], data: Any) -> KeyPath:
-    """pydantic's location without the names it adds for members of a union."""
+def _path_within(location: tuple[str | int, ...], data: Any, absent: bool) -> KeyPath:
+    """pydantic's location without the names it adds for members of a union; `absent`: its last part is not there."""
     path: list[str | int] = []
     current = data
     for position, part in enumerate(location):
-        if isinstance(current, Mapping) and (part in current or position == len(location) - 1):
+        if isinstance(current, Mapping) and (part in current or absent and position == len(location) - 1):
             path.append(part)
             current = current.get(part)
         elif isinstance(current, list | tuple) and isinstance(part, int) and part < len(current):
@@ -167,7 +196,7 @@ def _path_within(location: tuple[str | int, ...], data: Any) -> KeyPath:
 
 
 def _problem(
-    path: KeyPath, items: list[Any], model: type[BaseModel], section: KeyPath, origins: Origins, name: str
+    path: KeyPath, items: list[Any], model: type[BaseModel], section: KeyPath, data: Any, origins: Origins, name: str
 ) -> Problem:
     full = (*section, *path)
     dotted = ".".join(map(str, full))
@@ -175,9 +204,12 @@ def _problem(
     origin = origins.of(full)
     if kind == "extra_forbidden":
         hidden = ("type", "inputs") if section and section[0] != "stages" and len(path) == 1 else ()
-        valid = [key for key in keys_at(model, path[:-1]) if key not in hidden]
+        valid = [key for key in keys_at(model, path[:-1], data) if key not in hidden]
         return _unknown_key(path, full, valid, origins, name)
-    annotation, info = at(model, path)
+    annotation, info = at(model, path, data)
+    value = items[0]["input"]
+    if kind.startswith("union_tag_") or discriminator(annotation) and not isinstance(value, Mapping | BaseModel):
+        return _wrong_member(full, annotation, value, origins)
     wanted = (field_words(info) if info is not None else type_words(annotation)) if annotation else items[0]["msg"]
     doc = f" ({info.description.rstrip('.')})" if info is not None and info.description else ""
     if kind == "missing":
@@ -186,16 +218,33 @@ def _problem(
         rule, _, example = items[0]["msg"].partition(", ")[2].partition(", e.g. ")
         fix = f"write {_qualified(example, model, '.'.join(map(str, section)))}" if example else ""
         return Problem(f"{dotted}: {rule}", _whole(origins, full).where, fix)
-    value = items[0]["input"]
     what = f"`{dotted}` should be {wanted}, not {show_value(value)!r}{doc}"
     if isinstance(value, dict | list):
         # A scalar in a file that an override turned into a section: the override is to blame.
         origin = _whole(origins, full)
     if wanted == _SECTION:
-        keys = keys_at(model, path)
+        keys = keys_at(model, path, data)
         fix = f"write {dotted}.KEY=VALUE{f'; the keys are {among(keys)}' if keys else ''}"
         return Problem(what, origin.where, f"write ~{dotted} to delete it" if value is None else fix)
     return Problem(what, origin.where, instead(origin, full, _example(info, value)) if path else "")
+
+
+def _wrong_member(full: KeyPath, annotation: Any, value: Any, origins: Origins) -> Problem:
+    """A section that does not say, or not rightly, which of several kinds it is."""
+    tag = discriminator(annotation) or "type"
+    members = _members(annotation, lambda found: isinstance(found, type) and issubclass(found, BaseModel))
+    kinds = [kind for member in members for kind in literals(member.model_fields[tag].annotation)]
+    dotted, given = ".".join(map(str, full)), value.get(tag) if isinstance(value, Mapping) else None
+    what = f"`{dotted}.{tag}` should be one of {', '.join(kinds)}, not {show_value(given)!r}"
+    if not isinstance(value, Mapping):
+        what = f"`{dotted}` should be a section with `{tag}`: one of {', '.join(kinds)}; not {show_value(value)!r}"
+    elif given is None:
+        what = f"`{dotted}.{tag}` is missing: one of {', '.join(kinds)}"
+    near = nearest(str(given if isinstance(value, Mapping) else value), kinds) or "|".join(kinds)
+    origin = _whole(origins, full)
+    if isinstance(value, Mapping):
+        return Problem(what, origin.where, instead(origin, (*full, tag), near))
+    return Problem(what, origin.where, instead(origin, full, f"{{{tag}: {near}}}"))
 
 
 def _whole(origins: Origins, path: KeyPath) -> Origin:
@@ -225,7 +274,7 @@ def _unknown_key(path: KeyPath, full: KeyPath, valid: list[str], origins: Origin
     place = ".".join(map(str, full[:-1]))
     what = f"{f'`{place}`' if place else 'the recipe'} has no key `{key}`"
     if guess is not None:
-        if origin.argument is None:
+        if origin.argument is None or len(origin.argument.path) < len(full):
             return Problem(what, origin.where, f"write {guess} instead of {key}")
         return Problem(what, origin.where, f"write {renamed(origin, len(full) - 1, guess)}")
     fix = f"the keys are {among(valid)}" + (f"; `posttrain show {name}` explains them" if name else "")

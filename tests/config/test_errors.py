@@ -126,6 +126,47 @@ def test_one_mistake_one_remedy(typed: str, words: str, fix: str | None) -> None
     assert not any("+" in problem.fix for problem in found), "Hydra's own hint teaches the wrong cure"
 
 
+@pytest.mark.parametrize(
+    ("typed", "words", "fix"),
+    [
+        (
+            "stages.rl.rewards.correct.type=mat",
+            "`stages.rl.rewards.correct.type` should be one of gym, math, code, regex, length, plugin, not 'mat'",
+            "write stages.rl.rewards.correct.type=math",
+        ),
+        (
+            "stages.rl.rewards={correct: gym}",
+            "`stages.rl.rewards.correct` should be a section with `type`: one of gym, math",
+            "write stages.rl.rewards.correct={type: gym}",
+        ),
+        (
+            "stages.rl.rewards={brief: {target: 20, limit: 30}}",
+            "`stages.rl.rewards.brief.type` is missing: one of gym, math",
+            "write stages.rl.rewards.brief.type=gym|math|code|regex|length|plugin",
+        ),
+        (
+            "stages.rl.rewards={brief: {type: length, target: few, limit: 30}}",
+            "`stages.rl.rewards.brief.target` should be a whole number at least 0, not 'few' (Longest completion",
+            "write stages.rl.rewards.brief.target=N with N a whole number at least 0",
+        ),
+        (
+            "stages.rl.rewards={brief: {type: length, target: 8, limit: 30, wieght: 1}}",
+            "`stages.rl.rewards.brief` has no key `wieght`",
+            "write weight instead of wieght",
+        ),
+        (
+            "stages.rl.rewards={brief: {type: length, target: 8, limit: 30, zzz: 1}}",
+            "`stages.rl.rewards.brief` has no key `zzz`",
+            "the keys are limit, target, type, weight; `posttrain show grpo` explains them",
+        ),
+        ("stages.rl.rewards={brief: {type: length, target: 30, limit: 8}}", "stages.rl.rewards.brief: `limit` (8)", ""),
+    ],
+)
+def test_a_mistake_in_one_of_several_kinds_of_section(typed: str, words: str, fix: str) -> None:
+    (problem,) = problems("grpo", ["scale=smoke", typed])
+    assert words in problem.what and (problem.where, problem.fix) == (typed, fix)
+
+
 def test_a_typed_setting_that_a_path_overrules_is_an_error(tmp_path: Path) -> None:
     typed = ["data.heldout=committed", "data.samples.num_samples=5", "data.inputs.model=model", "model.label=x"]
     paths = ["data.path=./my.jsonl", "model.path=./m", "model.dtype=null", "data.heldout_fraction=0.2"]
