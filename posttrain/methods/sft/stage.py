@@ -45,7 +45,12 @@ class Sft(TrainingStage):
     }
 
     def check(self, cfg: SftConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
-        problems = [*_data_problems(cfg, inputs["data"]), *_model_problems(cfg, inputs["model"].architecture)]
+        model, data = inputs["model"], inputs["data"]
+        problems = [
+            *_data_problems(cfg, data),
+            *_template_problems(cfg, model, data),
+            *_model_problems(cfg, model.architecture),
+        ]
         if problems:
             raise RecipeError(problems=problems)
 
@@ -128,6 +133,21 @@ def _data_problems(cfg: SftConfig, data: ArtifactMeta) -> list[Problem]:
         problem = f"the training data is plain text, which has no {cfg.loss_on} to learn"
         return [Problem(problem, where=where, fix="loss_on=all, or a dataset of conversations")]
     return []
+
+
+def _template_problems(cfg: SftConfig, model: ArtifactMeta, data: ArtifactMeta) -> list[Problem]:
+    """Conversations alone, and a model that is known to have no chat template: every row would be left out."""
+    known = model.tokenizer is not None  # else the model is not here yet, and neither is its template
+    if data.extra.get("rows") != "messages" or not known or model.chat_template is not None:
+        return []
+    return [
+        Problem(
+            "the training data has conversations, and the model's tokenizer has no chat template to write them in",
+            where=f"data={cfg.inputs.get('data', '?')}",
+            fix="add chat_template.jinja to the model's folder, or give rows of `text` (loss_on=all) or of `prompt` "
+            "and `completion` as strings (loss_on=completion)",
+        )
+    ]
 
 
 def _model_problems(cfg: SftConfig, arch: Mapping[str, Any] | None) -> list[Problem]:

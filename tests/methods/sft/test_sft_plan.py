@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -67,6 +68,16 @@ def test_refused_settings(fields, message):
 def test_check_refuses(cfg, inputs, message):
     with pytest.raises(RecipeError, match=f"(?s){message}"):
         STAGE.check(config(**cfg), inputs)
+
+
+def test_conversations_need_a_chat_template_before_anything_runs():
+    inputs = metas("messages")
+    chatless = {**inputs, "model": replace(inputs["model"], chat_template=None)}
+    for loss_on in ("assistant", "completion", "all"):
+        with pytest.raises(RecipeError, match="no chat template"):
+            STAGE.check(config(loss_on=loss_on), chatless)
+    STAGE.check(config(loss_on="completion"), {**chatless, "data": metas("prompt")["data"]})
+    STAGE.check(config(), {**chatless, "model": replace(chatless["model"], tokenizer=None)})  # not fetched yet
 
 
 @pytest.mark.parametrize(("cfg", "rows"), [({}, "messages"), ({"loss_on": "all"}, "text"), ({}, None)])
