@@ -89,6 +89,17 @@ class Origins:
         deletes = (argument for argument in reversed(self._arguments) if argument.parsed.is_delete())
         return next((argument for argument in deletes if argument.path == path), None)
 
+    def written(self, path: KeyPath) -> Any:
+        """The value that files and overrides last wrote at that key, deleted since or not; None if none did."""
+        found = None
+        for document, package in self._parts:
+            if path[: len(package)] == package and (value := _at(document.data, path[len(package) :])) is not None:
+                found = value
+        for argument in self._arguments:
+            if not argument.parsed.is_delete() and path[: len(argument.path)] == argument.path:
+                found = _at(argument.parsed.value(), path[len(argument.path) :]) or found
+        return found
+
     def typed_below(self, path: KeyPath) -> list[str]:
         """The overrides as typed on the command line, not those of a scale, that wrote that key or under it."""
         typed = (one.argument.text for one in self.below(path) if one.argument and one.where == one.argument.text)
@@ -97,6 +108,12 @@ class Origins:
     def shown(self) -> Mapping[str, str]:
         """Dotted key to place."""
         return {".".join(map(str, path)): origin.where for path, origin in self._build().items()}
+
+
+def _at(value: Any, path: KeyPath) -> Any:
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _items(value: Any) -> Iterable[tuple[str | int, Any]]:

@@ -283,9 +283,11 @@ class Checker:
         others = valid_references(self.pairs, spec.type if spec else None)
         fitting = [other for other in others if not other.startswith(f"{consumer}.")]
         what = f"'{reference}' is the input {path[-1]} of stage {consumer}, but `{deleted.text}` removed it"
-        fix = (
-            f"write {'.'.join(map(str, path))}={fitting[0]}, or ~{section_of(consumer)}" if fitting else "leave it out"
-        )
+        # What the deleted stage took is the nearest to what it would have given.
+        inputs = (*deleted.path, "inputs")
+        taken = [self.origins.written((*inputs, name)) for name in self.origins.written(inputs) or ()]
+        best = next((other for other in taken if other in fitting), fitting[0] if fitting else None)
+        fix = f"write {'.'.join(map(str, path))}={best}, or ~{section_of(consumer)}" if best else "leave it out"
         return Problem(what, deleted.where, fix)
 
     def _value(self, path: KeyPath) -> Any:

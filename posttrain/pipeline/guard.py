@@ -41,13 +41,14 @@ def guard(plan: Plan) -> list[str]:
 
 
 def _remedy(plan: Plan) -> str:
-    smaller = [f"scale={name}" for name in plan.resolved.frame.scales]
+    scales, chosen = list(plan.resolved.frame.scales), plan.resolved.scale
+    # A recipe lists its scales from small to large.
+    smaller = [f"scale={name}" for name in (scales[: scales.index(chosen)] if chosen in scales else scales)]
     smaller.sort(key=lambda text: text != "scale=demo")
-    return (
-        f"choose a smaller size ({' or '.join(smaller)}), or --yes to do it all the same"
-        if smaller
-        else ("lower the stage's settings, or --yes to do it all the same")
-    )
+    ways = [f"choose a smaller size ({' or '.join(smaller)})"] if smaller else []
+    if chosen is not None or not smaller:
+        ways.append("lower the stage's settings")
+    return f"{', '.join(ways)}, or --yes to do it all the same"
 
 
 def _tokens(planned: StagePlan, remedy: str) -> Problem | None:

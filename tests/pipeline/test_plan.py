@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,17 @@ def test_guard_stops_a_run_over_its_data_and_names_the_smaller_scales():
     assert "scale=demo or scale=smoke" in problem.fix and "--yes" in problem.fix
     with pytest.raises(RecipeError, match="--yes"):
         guard(make_plan(toy_recipe(steps=41)))
+
+
+def test_guard_offers_no_scale_that_is_as_large():
+    frame = {"scales": {"smoke": ["a=1"], "demo": ["a=1"], "gpu1": ["a=1"]}}
+    fixes = {}
+    for scale in ("demo", "smoke"):
+        with pytest.raises(RecipeError) as caught:
+            guard(make_plan(replace(toy_recipe(steps=41, frame=frame), scale=scale)))
+        fixes[scale] = caught.value.problems[0].fix
+    assert "(scale=smoke), lower" in fixes["demo"]
+    assert "scale" not in fixes["smoke"] and "lower the stage's settings" in fixes["smoke"]
 
 
 def test_guard_looks_at_what_is_to_do_only():

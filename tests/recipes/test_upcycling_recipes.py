@@ -150,6 +150,20 @@ def test_a_deleted_stage_names_the_source_that_needs_it():
     assert stages("x_ecomla", "scale=smoke", "~stages.distill", "~stages.prefer", "~stages.evaluate")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "deleted", "fix"),
+    [
+        ("x_ecomla", "~stages.prefer", "write stages.evaluate.inputs.model=distill.model, or ~stages.evaluate"),
+        ("zebra_llama", "~stages.align_latent", "write stages.select.inputs.attention=latent.model, or ~stages.select"),
+        ("compose_all", "~stages.distill", "write stages.teach.inputs.model=assemble.model, or ~stages.teach"),
+    ],
+)
+def test_instead_of_a_deleted_stages_result_what_it_took_is_advised(recipe, deleted, fix):
+    with pytest.raises(RecipeError) as caught:
+        stages(recipe, "scale=smoke", deleted)
+    assert fix in [problem.fix for problem in caught.value.problems]
+
+
 def test_what_a_plan_takes_for_granted_of_the_default_tasks_is_so():
     default = GymTasks().model_dump_json()
     assert tasks._typical_bytes(default) == tasks.EASY_BYTES
