@@ -22,6 +22,13 @@ def test_a_full_folder_is_not_overwritten(tmp_path: Path) -> None:
         export.command(str(tmp_path), out=tmp_path, outputs=tmp_path)
 
 
+def test_advice_is_told_in_the_commands_options() -> None:
+    from posttrain.methods.export.program import in_options
+
+    advice = "use pad_ranks=true (exact), or use to=native; loader=vllm"
+    assert in_options(advice) == "use --pad-ranks (exact), or use --to native; --loader vllm"
+
+
 def test_the_whole_way(tmp_path: Path) -> None:
     from source_models import make_source
 
@@ -38,6 +45,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
 
     refused = run("--to", "deepseek_v3", "--out", "no")
     assert refused.returncode == 2 and "not every layer has latent attention" in refused.stderr
+    assert "at: --to deepseek_v3\n  do: convert all layers, or use --to native\n" in refused.stderr
     assert not (tmp_path / "no").exists()
     refused = run("--to", "falcon_h1", "--out", "no")
     assert refused.returncode == 2 and "no layer carries a state" in refused.stderr

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from posttrain.errors import EXIT_DONE, PosttrainError
 from posttrain.methods.export.config import ExportConfig
 from posttrain.models.inspect import check_model_folder
+
+
+def in_options(text: str) -> str:
+    """An error's words with a stage's settings as the options of the command."""
+    text = re.sub(r"\b(to|loader)=(\w+)", r"--\1 \2", text)
+    return text.replace("pad_ranks=true", "--pad-ranks")
 
 
 def main(arguments: list[str]) -> int:
@@ -27,7 +34,7 @@ def main(arguments: list[str]) -> int:
     except PosttrainError as error:
         if made and target.is_dir():
             target.rmdir()
-        print(f"posttrain: {error}", file=sys.stderr)
+        print(f"posttrain: {in_options(str(error))}", file=sys.stderr)
         return error.exit_code
     for step in certificate["steps"]:
         print(f"{step['name']}: relative logit error {step['relative']:.1e}", file=sys.stderr)
