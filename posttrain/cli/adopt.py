@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -30,4 +31,5 @@ def command(
     typer.echo(f"{stage}: adopted as {artifact.folder}")
     if made_up := artifact.manifest["adopted"]["made_up"]:
         typer.echo(f"{', '.join(made_up)}: empty, as nothing is known of it")
-    typer.echo(f"go on with: posttrain run {' '.join([recipe, *(overrides or [])])}")
+    own = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    typer.echo(f"go on with: {shlex.join(['posttrain', 'run', recipe, *own, *(overrides or [])])}")
