@@ -157,6 +157,11 @@ def _servers(cfg: ExportConfig, arch: Mapping[str, Any]) -> str:
         return NATIVE_ONLY if arch["model_type"] == "upcycled" else "any that knows the class"
     if cfg.to == "falcon_h1":
         return FALCON_SERVERS
+    rope_type = arch["rope_parameters"]["rope_type"]
+    if rope_type != "default":
+        return (
+            f"transformers only: vLLM and SGLang turn a deepseek_v3 of rope_type {rope_type} by their own YaRN instead"
+        )
     if arch["qk_latent_layernorm"] or latent_eps(arch["rms_norm_eps"], "vllm") == latent_eps(0.0, "transformers"):
         return SERVERS["vllm"].split(";")[0] + "; transformers too: both use the same epsilon here"
     return SERVERS[cfg.loader]

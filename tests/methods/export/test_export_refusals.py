@@ -43,6 +43,17 @@ def test_the_plan_refuses_with_the_reason(architecture, changes, settings, said)
     Export().check(ExportConfig(to="deepseek_v3"), {"model": ArtifactMeta("model", architecture)})
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+def test_a_certificate_names_no_server_that_the_plan_refuses(architecture, eps) -> None:
+    from posttrain.methods.export.certificate import _servers
+
+    for_vllm = _servers(ExportConfig(to="deepseek_v3", loader="vllm"), {**architecture, "rms_norm_eps": eps})
+    assert for_vllm.startswith("vLLM and SGLang by their conventions")
+    llama3 = {**architecture, "rms_norm_eps": eps, "rope_parameters": LLAMA3}
+    said = _servers(ExportConfig(to="deepseek_v3"), llama3)
+    assert said.startswith("transformers only") and "rope_type llama3 by their own YaRN" in said
+
+
 def test_float16_is_refused_where_norms_are_linearised(architecture) -> None:
     from posttrain.pipeline.stage import ArtifactMeta
 
