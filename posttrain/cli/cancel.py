@@ -83,8 +83,8 @@ def how_it_ended(run: RunDir) -> str:
     if status == "done":
         return f"run {run.name} finished before it could be stopped"
     if status == "failed":
-        return f"run {run.name} failed before it could be stopped; see: posttrain status {run.name}"
-    return f"run {run.name} has stopped; continue it with: posttrain resume {run.name}"
+        return f"run {run.name} failed before it could be stopped; see: {run.typed('status')}"
+    return f"run {run.name} has stopped; continue it with: {run.typed('resume')}"
 
 
 def request_stop(run: RunDir, *, now: bool = False) -> bool:

@@ -68,7 +68,7 @@ def _of_run(run: RunDir, stage: str | None) -> dict[str, Any]:
     record = read_run(run.path)
     made = {one.name: one for one in record.stages if cards.models(one)}
     if stage is None and not made:
-        fix = f"let it go on: posttrain resume {run.name}"
+        fix = f"let it go on: {run.typed('resume')}"
         raise RecipeError(f"run {run.name} has made no model yet", fix=fix)
     name = next(reversed(made)) if stage is None else stage
     if name not in made:

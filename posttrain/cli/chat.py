@@ -72,4 +72,4 @@ def model_folder(name: str, outputs: Path) -> Path:
         if made:
             typer.echo(f"posttrain: the model of stage {entry['name']} of run {run.name}", err=True)
             return artifact.output(made[-1])
-    raise RecipeError(f"run {run.name} has made no model yet", fix=f"let it go on: posttrain resume {run.name}")
+    raise RecipeError(f"run {run.name} has made no model yet", fix=f"let it go on: {run.typed('resume')}")

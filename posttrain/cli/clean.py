@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,7 +48,11 @@ def command(
         typer.echo(f"{size(one.bytes):>10}  {one.folder.relative_to(outputs)}  {one.why}")
     total = size(sum(one.bytes for one in found if not one.restore))
     if not yes:
-        typer.echo(f"{total} would be freed: posttrain clean --yes")
+        days = [] if older_than is None else ["--older-than", f"{older_than:g}"]
+        place = [] if outputs == Path("outputs") else ["--outputs", str(outputs)]
+        typer.echo(
+            f"{total} would be freed: {shlex.join(['posttrain', 'clean', *(runs or []), *days, *place, '--yes'])}"
+        )
         return
     remove(found)
     typer.echo(f"{total} freed")
@@ -78,7 +83,7 @@ def _ended_runs(outputs: Path, names: list[str], days: float | None) -> list[Lef
         chosen += [run for run in list_runs(outputs) if run.name in inside]
     for run in chosen:
         if held(run.lock_path):
-            raise RecipeError(f"run {run.name} is running", fix=f"posttrain cancel {run.name}")
+            raise RecipeError(f"run {run.name} is running", fix=run.typed("cancel"))
         found[run.path] = "run"
     if days is not None:
         for run in list_runs(outputs):

@@ -84,7 +84,7 @@ def render(run: RunDir, activity: Activity) -> str:
         elif stage.status == "cancelled":
             lines += ["", f"stage {stage.name} was cancelled: {stage.message or 'no reason is known'}"]
     if not activity.alive and state.status != "done":
-        lines += ["", f"continue with: posttrain resume {run.name}"]
+        lines += ["", f"continue with: {run.typed('resume')}"]
     if not activity.alive and state.status == "done" and run.report_path.exists():
         lines += ["", f"report: {run.report_path}"]
     return "\n".join(lines)

@@ -96,7 +96,7 @@ class Execution(StageRunner):
         return "stopped", EXIT_STOPPED, self._how_to_continue()
 
     def _how_to_continue(self) -> str:
-        return f"continue with: posttrain resume {self.run_dir.name}"
+        return f"continue with: {self.run_dir.typed('resume')}"
 
     def _stage_on_good_inputs(self, planned: StagePlan) -> tuple[str, str]:
         """`_stage`; where its worker finds inputs damaged, the stages that made them run again first."""

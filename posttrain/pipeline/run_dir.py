@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ class RunDir:
     def outputs(self) -> Path:
         """The outputs folder that holds `runs/` and `store/`."""
         return self.path.parent.parent
+
+    def typed(self, verb: str) -> str:
+        """A command on this run as one types it here, with the outputs folder if it is not `outputs`."""
+        command = f"posttrain {verb} {self.name}"
+        usual = self.outputs.resolve() == (Path.cwd() / "outputs").resolve()
+        return command if usual else f"{command} --outputs {shlex.quote(str(self.outputs))}"
 
     @property
     def record_path(self) -> Path:
@@ -145,7 +152,8 @@ def find_run(name: str | None, outputs: Path) -> RunDir:
     runs = list_runs(outputs)
     if name is None:
         if not runs:
-            raise RecipeError(f"there are no runs in {outputs / 'runs'}", fix="start one: posttrain run RECIPE")
+            fix = "start one: posttrain run RECIPE, or give the folder that they went to (paths.outputs): --outputs DIR"
+            raise RecipeError(f"there are no runs in {outputs / 'runs'}", fix=fix)
         return runs[0]
     if Path(name, "run.json").exists():
         return RunDir(Path(name).absolute())

@@ -290,7 +290,7 @@ class StageRunner:
             lines.append(outcome.get("traceback") or outcome.get("message", ""))
         if job.log is not None:
             lines.append(f"  log: {job.log}")
-        resume = f"posttrain resume {self.run_dir.name}"
+        resume = self.run_dir.typed("resume")
         # A resumed run keeps its recipe, so a fix of the recipe cannot be followed by that.
         advised = outcome is not None and outcome.get("advised")
         lines.append(

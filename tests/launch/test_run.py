@@ -425,6 +425,7 @@ def test_clean_removes_runs_with_what_only_they_use(capsys):
     two = run(lr=2e-5, frame={"run": {"name": "two"}}).run_dir
     clean.command(False, Path("outputs"), ["one"])
     shown = capsys.readouterr().out
+    assert shown.endswith("would be freed: posttrain clean one --yes\n")
     assert "runs/one  run" in shown and shown.count("no run refers to it") == 2 and one.exists()
     clean.command(True, Path("outputs"), ["one"])
     assert not one.path.exists() and two.exists()
@@ -441,6 +442,25 @@ def test_clean_removes_runs_with_what_only_they_use(capsys):
     assert two.exists()
     clean.command(True, Path("outputs"), None, 6)
     assert not two.path.exists() and not list(Path("outputs/store").glob("*/*"))
+
+
+def test_what_is_to_be_typed_names_an_outputs_folder_that_lies_elsewhere(capsys):
+    def stop(event):
+        if event["event"] == "metrics" and event["step"] == 2:
+            cancel.request_stop(find_run("mine", Path("on a larger disk")))
+
+    frame = {"run": {"name": "mine"}}
+    stopped = run(Recorder(stop), steps=8, pause=0.2, frame=frame, outputs="on a larger disk")
+    resume = f"posttrain resume mine --outputs '{Path('on a larger disk').resolve()}'"
+    assert stopped.message.endswith(resume)
+    assert resume in status.screen(stopped.run_dir) and resume in cancel.how_it_ended(stopped.run_dir)
+    failed = run(fail="known", frame={"run": {"name": "other"}}, outputs="on a larger disk")
+    assert "posttrain resume other --outputs" in failed.message
+    clean.command(False, Path("on a larger disk"), ["other"], 30)
+    typed = "posttrain clean other --older-than 30 --outputs 'on a larger disk' --yes\n"
+    assert capsys.readouterr().out.endswith(typed)
+    with pytest.raises(RecipeError, match="--outputs DIR"):
+        find_run(None, Path("outputs"))
 
 
 def test_a_missing_outputs_folder_is_an_error():
