@@ -5,7 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from posttrain.errors import StageError
+
 CHUNK = 2**22
+
+
+def check_numbers(folder: Path, source: Path) -> None:
+    """Look at every weight of a folder that was taken from `source`.
+
+    Raises:
+        StageError: one is NaN or infinite, which whoever computes with the model would blame on something else.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        if (tensor := first_non_finite(file)) is not None:
+            raise StageError(
+                f"tensor {tensor} of the model has NaN or infinite numbers",
+                where=str(source / file.name),
+                fix="take the model as it was before its training diverged, or copy it again",
+            )
 
 
 def first_non_finite(file: Path) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from posttrain.errors import RecipeError, StageError
 from posttrain.models.architecture import normalise, parameter_count
 from posttrain.models.config import ModelSourceConfig
-from posttrain.models.finite import first_non_finite
+from posttrain.models.finite import check_numbers
 from posttrain.models.inspect import (
     TOKENIZER,
     check_model_folder,
@@ -117,7 +117,7 @@ class ModelSource(Stage):
         except RecipeError as error:
             raise StageError(problems=error.problems) from error
         if cfg.kind != "random":
-            _require_numbers(target, source)
+            check_numbers(target, source)
         ctx.record_result(parameters=parameter_count(read_architecture(target)))
         return {"model": target}
 
@@ -165,17 +165,6 @@ def _require_tokenizer(cfg: ModelSourceConfig) -> None:
         what = f"{folder} has its tokenizer as tokenizer.model only, which takes the package sentencepiece to read"
         fix = f"`pip install sentencepiece protobuf`, or add {TOKENIZER} of the model to the folder"
         raise RecipeError(what, where=where, fix=fix)
-
-
-def _require_numbers(target: Path, source: Path) -> None:
-    """Raise StageError when a weight is NaN or infinite, which later stages would blame on their settings."""
-    for file in sorted(target.glob("*.safetensors")):
-        if (tensor := first_non_finite(file)) is not None:
-            raise StageError(
-                f"tensor {tensor} of the model has NaN or infinite numbers",
-                where=str(source / file.name),
-                fix="take the model as it was before its training diverged, or copy it again",
-            )
 
 
 def _convert_tokenizer(target: Path, source: Path) -> None:

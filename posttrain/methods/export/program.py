@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
-from posttrain.errors import EXIT_DONE, PosttrainError
+from posttrain.errors import EXIT_DONE, PosttrainError, RecipeError
 from posttrain.methods.export.config import ExportConfig
+from posttrain.models.finite import check_numbers
 from posttrain.models.inspect import check_model_folder
 
 
@@ -24,10 +26,11 @@ def main(arguments: list[str]) -> int:
     made = not target.exists()
     try:
         check_model_folder(source)
+        check_numbers(source, source)
         from posttrain.methods.export.certificate import write_certificate, write_readme
         from posttrain.methods.export.write import export_model
 
-        target.mkdir(parents=True, exist_ok=True)
+        _make(target)
         certificate = export_model(source, target, ExportConfig(**settings))
         write_certificate(target, certificate)
         write_readme(source, target, certificate)
@@ -41,6 +44,17 @@ def main(arguments: list[str]) -> int:
     print(f"servers: {certificate['servers']}", file=sys.stderr)
     print(target)
     return EXIT_DONE
+
+
+def _make(target: Path) -> None:
+    """The folder to write. Raises RecipeError where there can be none."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        what = f"{target} cannot be written: {error.strerror}"
+        raise RecipeError(what, "--out", "give a folder that you may write: --out DIR") from error
 
 
 if __name__ == "__main__":

@@ -43,6 +43,25 @@ def test_the_plan_refuses_with_the_reason(architecture, changes, settings, said)
     Export().check(ExportConfig(to="deepseek_v3"), {"model": ArtifactMeta("model", architecture)})
 
 
+def test_the_command_says_that_it_cannot_write(tmp_path, capsys) -> None:
+    native = save(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main([str(native), str(tmp_path / "file" / "out"), "{}"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be written: Not a directory" in said and "--out DIR" in said
+
+
+def test_the_command_names_a_weight_that_is_no_number(tmp_path, capsys) -> None:
+    from safetensors.torch import load_file, save_file
+
+    native = save(tmp_path)
+    state = load_file(native / "model.safetensors")
+    state["model.norm.weight"][0] = float("nan")
+    save_file(state, native / "model.safetensors", metadata={"format": "pt"})
+    assert main([str(native), str(tmp_path / "out"), "{}"]) == 1
+    assert "tensor model.norm.weight of the model has NaN" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 def test_a_certificate_names_no_server_that_the_plan_refuses(architecture, eps) -> None:
     from posttrain.methods.export.certificate import _servers
