@@ -30,6 +30,23 @@ def normal_messages(value: Any) -> list[dict[str, str]] | None:
     return turns
 
 
+def unreadable_turn(value: Any) -> str | None:
+    """What is wrong with turns that `normal_messages` cannot read; None for what is no list of turns at all."""
+    if not isinstance(value, list) or not value:
+        return "there is no turn in it" if value == [] else None
+    for number, turn in enumerate(value, start=1):
+        if normal_messages([turn]) is not None:
+            continue
+        if not isinstance(turn, dict):
+            return f"turn {number} is no object"
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(content, str):
+            kind = "null or absent" if content is None else f"a {type(content).__name__}"
+            return f"the content of turn {number} is {kind}, not a text"
+        return f"turn {number} has the role {role!r}"
+    return None
+
+
 def plain_text(messages: list[dict[str, str]]) -> str:
     """A conversation as role-tagged text, for counting and for tokenizers without a chat template."""
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)

@@ -33,9 +33,9 @@ def reward_fields(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def question_turns(row: Mapping[str, Any]) -> Turns | None:
-    """The turns that ask in a row with a right answer alone: `question` or `prompt`, a text or turns; else None."""
+    """The turns that ask, in `question` or `prompt`, of a row that says how answers are scored; else None."""
     asked = row.get("question", row.get("prompt"))
-    if ANSWER not in reward_fields(row) or not asked:
+    if not reward_fields(row) or not asked:
         return None
     return [{"role": "user", "content": asked}] if isinstance(asked, str) else normal_messages(asked)
 

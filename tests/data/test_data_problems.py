@@ -269,6 +269,7 @@ def test_files_keep_what_rewards_read(tmp_path) -> None:
         {"id": "pair", "prompt": "p", "completion": " c", "answer": "5"},
         {"id": "asked", "question": "what?", "answer": "6", "tests": "no list", "test_code": 7},
         {"id": "turns", "prompt": turns[:1], "answer": 0.5},
+        {"id": "program", "prompt": "double it", "tests": tests},
         {"id": "text", "text": "alone", "answer": "7"},
     ]
     cfg = DataSourceConfig(path=str(jsonl(tmp_path / "x.jsonl", rows)))
@@ -285,6 +286,8 @@ def test_files_keep_what_rewards_read(tmp_path) -> None:
     asked = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "6"}]
     assert found["asked"] == {"text": "User: what?\n\nAssistant: 6", "messages": asked, "answer": "6"}
     assert found["turns"]["messages"][1]["content"] == found["turns"]["answer"] == "0.5"
+    program = [{"role": "user", "content": "double it"}]
+    assert found["program"] == {"text": "User: double it", "messages": program, "tests": tests}
     assert found["text"] == {"text": "alone"}
 
 

@@ -169,6 +169,29 @@ def test_rows_cut_from_one_document_stay_together(tmp_path) -> None:
     assert len(train) % 5 == len(heldout) % 5 == 0 and heldout
 
 
+@pytest.mark.parametrize(
+    ("turn", "why"),
+    [
+        ({"role": "assistant", "content": None}, "the content of turn 2 is null or absent, not a text"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "a"}]}, "the content of turn 2 is a list, not a"),
+        ({"role": "tool", "content": "a"}, "turn 2 has the role 'tool'"),
+        ("a", "turn 2 is no object"),
+    ],
+)
+def test_a_turn_that_cannot_be_read_is_named(tmp_path, turn, why) -> None:
+    rows = [{"text": "a"}, {"messages": [{"role": "user", "content": "q"}, turn]}]
+    with pytest.raises(RecipeError) as error:
+        STAGE.check(DataSourceConfig(path=str(jsonl(tmp_path / "x.jsonl", rows))), {})
+    problem = error.value.problems[0]
+    assert why in problem.what and "leave out rows" in problem.fix and problem.where.endswith("x.jsonl:2")
+
+
+def test_a_row_without_turns_is_named(tmp_path) -> None:
+    rows = [{"text": "a"}, {"messages": []}]
+    with pytest.raises(RecipeError, match="there is no turn in it"):
+        STAGE.check(DataSourceConfig(path=str(jsonl(tmp_path / "x.jsonl", rows))), {})
+
+
 BAD = {
     "empty": ("x.jsonl", "", "0 different documents found; at least 2"),
     "one line": ("x.jsonl", '{"text": "alone"}\n', "1 different document found; at least 2"),

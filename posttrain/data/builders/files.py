@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.chat import normal_messages, plain_text
+from posttrain.data.chat import normal_messages, plain_text, unreadable_turn
 from posttrain.data.documents import Document, too_few
 from posttrain.data.pairs import UNFINISHED, UnusableAnswers, answered_text, answers_kind, normal_answers, prompt_text
 from posttrain.data.problems import ANSWER, TEST_CODE, TESTS, question_turns, reward_fields
@@ -110,7 +110,8 @@ def read_jsonl(file: Path, name: str, text_field: str, document_field: str | Non
 
 def row_document(row: Any, row_id: str, text_field: str, document_field: str | None, where: str) -> Document:
     """A document of a row: `{text_field: str}`, `{"messages": [...]}` (also `conversations`), a preference pair
-    (`prompt`, `chosen`, `rejected`), a `prompt` with its `completion`, or a `question` (or `prompt`) with its `answer`.
+    (`prompt`, `chosen`, `rejected`), a `prompt` with its `completion`, or a `question` (or `prompt`) with its `answer`
+    or with the tests of a program.
 
     Raises:
         RecipeError: it is none of them, or lacks a part.
@@ -128,9 +129,18 @@ def row_document(row: Any, row_id: str, text_field: str, document_field: str | N
         return Document(id=row_id, text=text, group=group)
     if messages is None and (asked := question_turns(row)):
         found = reward_fields(row)
-        turns = (*((turn["role"], turn["content"]) for turn in asked), ("assistant", found[ANSWER]))
+        turns = tuple((turn["role"], turn["content"]) for turn in asked)
+        if ANSWER in found:
+            turns = (*turns, ("assistant", found[ANSWER]))
         text = plain_text([{"role": role, "content": content} for role, content in turns])
         return Document(id=row_id, text=text, group=group or plain_text(asked), messages=turns, fields=found)
+    if messages is None and (why := unreadable_turn(row.get("messages", row.get("conversations")))):
+        raise RecipeError(
+            f"the turns of the row cannot be read: {why}",
+            where=where,
+            fix='every turn is {"role": "system", "user" or "assistant", "content": "a text"}; leave out rows with '
+            "others, e.g. with calls of tools or with pictures",
+        )
     if messages is None:
         fields = ", ".join(sorted(map(str, row))) or "none"
         raise RecipeError(
@@ -138,7 +148,7 @@ def row_document(row: Any, row_id: str, text_field: str, document_field: str | N
             where=where,
             fix='data.text_field=NAME, or rows {"messages": [{"role": "user", "content": "..."}, ...]}, or '
             '{"prompt": ..., "chosen": ..., "rejected": ...}, {"prompt": ..., "completion": ...}, or '
-            '{"question": ..., "answer": ...}',
+            '{"question": ..., "answer": ...} (or "tests": [...] for programs)',
         )
     turns = tuple((turn["role"], turn["content"]) for turn in messages)
     return Document(id=row_id, text=plain_text(messages), group=group, messages=turns, fields=_kept(row))
