@@ -48,6 +48,14 @@ class Distill(TrainingStage):
     def check(self, cfg: DistillConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         student, teacher, data = inputs["student"], inputs["teacher"], inputs["data"]
         problems = []
+        if cfg.ce_weight == 0 and cfg.inputs and cfg.inputs.get("student") == cfg.inputs.get("teacher"):
+            problems.append(
+                Problem(
+                    "the teacher is the student itself: its distribution is already the student's, nothing is learnt",
+                    where=_where(cfg, "student", "teacher"),
+                    fix="give another teacher, often the student's source: inputs.teacher=model",
+                )
+            )
         if student.tokenizer and teacher.tokenizer and student.tokenizer != teacher.tokenizer:
             problems.append(
                 Problem(

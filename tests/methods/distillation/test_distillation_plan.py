@@ -157,3 +157,11 @@ def test_estimate():
     frozen = STAGE.estimate(config(trainable="mixers"), metas())
     assert frozen.trainable < found.trainable and frozen.memory["optimizer"] < found.memory["optimizer"]
     assert STAGE.estimate(config(), metas(student={"architecture": None})).tokens == 1000 * 1024
+
+
+def test_a_student_that_is_its_own_teacher_is_refused():
+    same = {"student": "upcycle.model", "teacher": "upcycle.model", "data": "data.train"}
+    with pytest.raises(RecipeError, match=r"(?s)the teacher is the student.*inputs\.teacher="):
+        STAGE.check(config(inputs=same), metas())
+    STAGE.check(config(inputs={**same, "teacher": "model"}), metas())
+    STAGE.check(config(inputs=same, ce_weight=0.5), metas())  # keeps a model near where it began
