@@ -56,6 +56,7 @@ def load_model(
         dtype=dtype,
         attn_implementation=attn_implementation,
         local_files_only=True,
+        ignore_mismatched_sizes=True,  # else transformers raises before it says which; refused below
         output_loading_info=True,
     )
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}

@@ -239,8 +239,9 @@ def test_sources_load_as_themselves(family: str, tmp_path: Path) -> None:
     [
         (lambda tensors: tensors.pop("model.norm.weight"), "missing keys: model.norm.weight"),
         (lambda tensors: tensors.update(other=torch.ones(1)), "unexpected keys: other"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), "mismatched keys: .*model.norm.weight"),
     ],
-    ids=["missing", "unexpected"],
+    ids=["missing", "unexpected", "mismatched"],
 )
 def test_weights_that_are_not_those_of_the_architecture(change, message: str, tmp_path: Path) -> None:
     save_model(make_latent(), None, tmp_path)
