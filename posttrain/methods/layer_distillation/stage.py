@@ -40,6 +40,14 @@ class Ild(TrainingStage):
         student, teacher = inputs["student"], inputs["teacher"]
         ours, theirs = student.architecture, teacher.architecture
         problems = []
+        if cfg.inputs and cfg.inputs.get("student") == cfg.inputs.get("teacher"):
+            problems.append(
+                Problem(
+                    "the teacher is the student itself: every layer gives its own states already, nothing is learnt",
+                    where=_where(cfg, "student", "teacher"),
+                    fix="give the model that the student was converted from",
+                )
+            )
         if student.tokenizer and teacher.tokenizer and student.tokenizer != teacher.tokenizer:
             problems.append(
                 Problem(

@@ -193,6 +193,13 @@ def metas(**changes) -> dict[str, ArtifactMeta]:
     return {**found, "data": ArtifactMeta("dataset", rows=3, tokens=1000)}
 
 
+def test_a_student_that_is_its_own_teacher_is_refused() -> None:
+    same = {"student": "state.model", "teacher": "state.model", "data": "data.train"}
+    with pytest.raises(RecipeError, match="the teacher is the student itself"):
+        STAGE.check(IldConfig(**SMALL, inputs=same), metas())
+    STAGE.check(IldConfig(**SMALL, inputs={**same, "teacher": "model"}), metas())
+
+
 def test_a_teacher_of_another_shape_is_refused() -> None:
     with pytest.raises(RecipeError, match="num_hidden_layers 3 and 4") as caught:
         STAGE.check(IldConfig(**SMALL), metas(num_hidden_layers=4))
