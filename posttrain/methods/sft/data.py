@@ -52,7 +52,7 @@ def read_sequences(folder: Path, tokenizer: PreTrainedTokenizerBase, cfg: SftCon
     found = Sequences(Dataset.from_list([]))
     documents = [piece for row in iter_rows(folder) for piece in _encode(row, tokenizer, cfg, found)]
     if not documents:
-        raise _nothing(folder, found)
+        raise _nothing(folder, found, cfg.sequence_length)
     for reason, count in found.unusable.most_common():
         log.warning("%d rows left out: %s", count, reason)
     if found.truncated:
@@ -136,11 +136,15 @@ def _positions(lengths: list[int], width: int) -> Tensor:
     return torch.cat([torch.arange(length) for length in (*lengths, rest)])
 
 
-def _nothing(folder: Path, found: Sequences) -> StageError:
+def _nothing(folder: Path, found: Sequences, sequence_length: int) -> StageError:
     reasons = "; ".join(f"{count} rows: {reason}" for reason, count in found.unusable.most_common(3))
     fix = "give a dataset with rows"
     if found.unusable:
         fix = "another dataset or loss_on (all: plain text; completion: prompts; assistant: conversations)"
-        if any("chat template" in reason for reason in found.unusable):
+        if any("sequence_length" in reason for reason in found.unusable):
+            fix = f"a larger sequence_length than {sequence_length}, or shorter rows"
+        if any("no chat template" in reason for reason in found.unusable):
             fix = "add a chat_template to the model's tokenizer, or use rows of `text` with loss_on=all"
+        elif any("chat template" in reason for reason in found.unusable):
+            fix = "conversations that the model's chat template takes, or mend the template (chat_template.jinja)"
     return StageError(f"nothing to train on: {reasons or 'the dataset has no rows'}", where=str(folder), fix=fix)

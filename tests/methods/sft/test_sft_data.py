@@ -193,6 +193,19 @@ def test_nothing_to_train_on(tmp_path, rows, loss_on, message, fix):
     assert str(folder) in str(error.value) and fix in str(error.value)
 
 
+def test_rows_that_are_too_long_ask_for_longer_sequences(tmp_path):
+    folder = write_rows(tmp_path / "data", [{"messages": chat("a question " * 40, "yes")}])
+    with pytest.raises(StageError, match="a larger sequence_length than 128"):
+        read_sequences(folder, tiny_tokenizer(), config())
+
+
+def test_a_template_that_fails_is_not_said_to_be_absent(tmp_path):
+    folder = write_rows(tmp_path / "data", sums(2))
+    with pytest.raises(StageError, match="the chat template refuses the conversation") as error:
+        read_sequences(folder, tokenizer_with("{% for m in messages %}{{ m['role'] "), config())
+    assert "mend the template" in str(error.value) and "add a chat_template" not in str(error.value)
+
+
 def test_no_template_names_the_fix(tmp_path):
     folder = write_rows(tmp_path / "data", sums(2))
     with pytest.raises(StageError, match="add a chat_template"):
