@@ -208,6 +208,8 @@ def external(cfg: DataSourceConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if cfg.kind == "files":
         found["files"] = _digests(cfg.source_path, f"data.path={cfg.path}", digest_path)
+        if cfg.heldout_kind == "split" and is_one_text(cfg):
+            found["pieces"] = files.PIECES
         # Rows once lost these fields: artifacts from then must not be taken for those that have them.
         if named := files.named_fields(cfg.source_path):
             found["fields"] = named
@@ -237,7 +239,9 @@ def _split_own(cfg: DataSourceConfig, documents: list[Document]) -> tuple[list[D
         if len(documents) < 2:
             raise too_few(len(documents), _where(cfg))
         held = max(1, round(len(documents) * cfg.heldout_fraction))
-        return documents[:-held], documents[-held:]
+        train, heldout = documents[:-held], documents[-held:]
+        # What is held out of a short text is one piece: evaluations need two documents at least.
+        return train, heldout if held > 1 else files.cut_text(heldout[0], len(heldout[0].text) // 2)
     return split_documents(documents, cfg.heldout_fraction, _where(cfg))
 
 

@@ -162,6 +162,21 @@ def test_heldout_text_of_the_user(tmp_path) -> None:
         STAGE.check(DataSourceConfig(path=str(held), heldout_path=str(held)), {})
 
 
+@pytest.mark.parametrize("paragraphs", [20, 60, 2000])
+def test_of_one_text_two_documents_are_held_out_at_least(tmp_path, paragraphs) -> None:
+    words = [f"paragraph {number} " + "of some words " * 16 for number in range(paragraphs)]
+    (tmp_path / "book.txt").write_text("\n\n".join(words))
+    cfg = DataSourceConfig(path=str(tmp_path / "book.txt"))
+    train, heldout = run(cfg, tmp_path / "work")
+    assert len(heldout) >= 2 and STAGE.describe(cfg, {})["heldout"].rows == len(heldout)
+    found = [line for row in (*train, *heldout) for line in row["text"].split("\n\n")]
+    assert [line.strip() for line in found] == [line.strip() for line in words], "all of it, in order, its end held out"
+    assert len({row["id"] for row in (*train, *heldout)}) == len(train) + len(heldout)
+    assert STAGE.external(cfg)["pieces"] == "2"
+    given = {**cfg.model_dump(), "heldout_path": str(tmp_path / "book.txt")}
+    assert "pieces" not in STAGE.external(DataSourceConfig(**given))
+
+
 def test_rows_cut_from_one_document_stay_together(tmp_path) -> None:
     rows = [{"text": f"piece {i}", "book": i // 5} for i in range(50)]
     cfg = DataSourceConfig(path=str(jsonl(tmp_path / "x.jsonl", rows)), document_field="book", heldout_fraction=0.3)

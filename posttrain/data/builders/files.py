@@ -19,6 +19,8 @@ from posttrain.errors import RecipeError
 SUFFIXES = (".jsonl", ".txt", ".md")
 PIECE_CHARACTERS = 4000
 """A lone text file is cut at blank lines into pieces of about this size."""
+PIECES = "2"
+"""Changed when a lone text file would be cut or held out otherwise; part of the key."""
 
 
 def text_files(path: Path, where: str) -> list[Path]:
@@ -77,11 +79,11 @@ def is_lone_text(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in (".txt", ".md")
 
 
-def cut_text(document: Document) -> list[Document]:
-    """Pieces of a long text, cut at blank lines, in order."""
+def cut_text(document: Document, characters: int = PIECE_CHARACTERS) -> list[Document]:
+    """Pieces of a long text of about that many characters, cut at blank lines, in order."""
     pieces: list[str] = [""]
     for paragraph in document.text.split("\n\n"):
-        if pieces[-1] and len(pieces[-1]) + len(paragraph) > PIECE_CHARACTERS:
+        if pieces[-1] and len(pieces[-1]) + len(paragraph) > characters:
             pieces.append("")
         pieces[-1] += ("\n\n" if pieces[-1] else "") + paragraph
     return [Document(id=f"{document.id}#{number}", text=piece) for number, piece in enumerate(pieces) if piece.strip()]

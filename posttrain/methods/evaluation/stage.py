@@ -177,7 +177,8 @@ def _data_problems(data: ArtifactMeta) -> list[Problem]:
         Problem(
             f"the evaluation data has {found}; at least 2 are needed (intervals are taken over documents)",
             where="input `data` of an evaluate stage",
-            fix="give a file with more rows, or a folder with more text files: data.path=…",
+            fix="give a file with more rows or a folder with more text files (data.path=…), or hold out more: "
+            "data.heldout_fraction=0.3",
         )
     ]
 
