@@ -92,13 +92,15 @@ def check_vocabulary(folder: str | Path) -> None:
     """Compare the tokenizer's ids with the model's embeddings; an older tokenizer is not looked at.
 
     Raises:
-        RecipeError: the tokenizer writes ids that have no embedding.
+        RecipeError: the tokenizer writes ids that have no embedding, or has no tokens at all.
     """
     path = Path(folder)
     if not (path / TOKENIZER).is_file():
         return
     rows = read_architecture(path).get("vocab_size")
     largest = int(digest_by(path / TOKENIZER, _largest_token, _LARGEST_TOKEN))
+    if largest < 0:
+        raise RecipeError(f"{TOKENIZER} has no tokens", where=str(path / TOKENIZER), fix="copy the file again")
     if rows is not None and largest >= rows:
         raise RecipeError(
             f"the tokenizer writes ids up to {largest}, the model has embeddings for {rows} (vocab_size)",

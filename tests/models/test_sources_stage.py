@@ -113,6 +113,12 @@ def test_a_tokenizer_of_more_tokens_than_embeddings_is_refused_by_the_plan(model
         run(cfg, tmp_path / "work")
 
 
+def test_a_tokenizer_without_tokens_is_refused_by_the_plan(model) -> None:
+    (model / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(RecipeError, match="tokenizer.json has no tokens"):
+        STAGE.check(ModelSourceConfig(path=str(model)), {})
+
+
 def test_an_older_tokenizer_of_too_many_tokens_is_refused_once_it_is_converted(tmp_path) -> None:
     model = tmp_path / "old"
     write_random_model(model, {**TINY["architecture"], "model_type": "qwen2"}, 0)
