@@ -155,6 +155,11 @@ def model_problems(cfg: PolicyConfig, arch: Mapping[str, Any] | None) -> list[Pr
             f"prompts of {cfg.max_prompt_length} and completions of {cfg.max_completion_length} tokens exceed the "
         )
         problem += f"model's {longest} positions"
-        fix = f"max_completion_length={max(1, longest - cfg.max_prompt_length)}"
-        problems.append(Problem(problem, where="max_completion_length", fix=fix))
+        where, fix = "max_completion_length", f"max_completion_length={longest - cfg.max_prompt_length}"
+        if cfg.max_prompt_length >= longest:  # no completion would fit behind such prompts
+            where, rest = "max_prompt_length", longest - cfg.max_completion_length
+            fix = f"max_prompt_length={rest}"
+            if rest < 1:
+                fix = f"max_prompt_length={longest // 2} max_completion_length={longest - longest // 2}"
+        problems.append(Problem(problem, where=where, fix=fix))
     return problems

@@ -54,6 +54,16 @@ def test_plan_needs_no_torch() -> None:
             metas(),
             "prompts of 500 and completions of 100 tokens exceed the model's 512 positions.*max_completion_length=12",
         ),
+        (
+            {"max_prompt_length": 600, "max_completion_length": 100},
+            metas(),
+            "at: max_prompt_length\n  do: max_prompt_length=412$",
+        ),
+        (
+            {"max_prompt_length": 600, "max_completion_length": 600},
+            metas(),
+            "do: max_prompt_length=256 max_completion_length=256$",
+        ),
         ({"lora": {"target_modules": ["qkv"]}}, metas(), "no layers qkv"),
     ],
 )
