@@ -21,6 +21,7 @@ from harness import (
     events,
     has_event,
     posttrain,
+    start,
     start_and_pause,
     step_of,
     thaw,
@@ -99,13 +100,15 @@ def test_a_graceful_stop_resumes_to_the_same_result(how: str, undisturbed: Path,
     outputs = tmp_path / "outputs"
     copy_store_without(undisturbed, outputs, "distill")
     runner, pid = start_and_pause(*RUN, cwd=tmp_path, event=step_of("distill", 1))
+    asking = None
     if how == "ctrl-c":
         os.kill(runner.pid, signal.SIGINT)
     else:
-        posttrain("cancel", cwd=tmp_path)
+        asking = start("cancel", cwd=tmp_path)
     wait_for(lambda: any(outputs.glob("store/distill/.work-*/STOP")), "the wish to stop")
     thaw(pid)
     assert runner.wait(timeout=60) == 75
+    assert asking is None or asking.wait(timeout=60) == 0
     assert has_event(outputs, "stage_stopped", "distill")
     assert "stopped" in posttrain("status", cwd=tmp_path).stdout
     posttrain("resume", cwd=tmp_path)
