@@ -24,6 +24,7 @@ from posttrain.training.estimate import (
     trainable_parameters,
     training_memory,
 )
+from posttrain.training.input_checks import given, no_documents, too_long, unfit_teacher
 from posttrain.training.stage import TrainingStage
 
 if TYPE_CHECKING:
@@ -47,44 +48,25 @@ class Distill(TrainingStage):
 
     def check(self, cfg: DistillConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         student, teacher, data = inputs["student"], inputs["teacher"], inputs["data"]
-        problems = []
-        if cfg.ce_weight == 0 and cfg.inputs and cfg.inputs.get("student") == cfg.inputs.get("teacher"):
-            problems.append(
-                Problem(
-                    "the teacher is the student itself: its distribution is already the student's, nothing is learnt",
-                    where=_where(cfg, "student", "teacher"),
-                    fix="give another teacher, often the student's source: inputs.teacher=model",
-                )
-            )
-        if student.tokenizer and teacher.tokenizer and student.tokenizer != teacher.tokenizer:
-            problems.append(
-                Problem(
-                    f"student and teacher have different tokenizers (digests {student.tokenizer[:12]} and "
-                    f"{teacher.tokenizer[:12]}): their distributions cannot be compared",
-                    where=_where(cfg, "student", "teacher"),
-                    fix="choose a teacher of the student's family",
-                )
-            )
+        problems = unfit_teacher(
+            cfg,
+            student,
+            teacher,
+            idle="its distribution is already the student's" if cfg.ce_weight == 0 else None,
+            apart="their distributions cannot be compared",
+            fix="give another teacher of the student's family, often its source: inputs.teacher=model",
+        )
         shapes = {"student": student.architecture, "teacher": teacher.architecture}
         sizes = {role: shape["vocab_size"] for role, shape in shapes.items() if shape}
         if len(set(sizes.values())) > 1:
             problems.append(
                 Problem(
                     f"the student has {sizes['student']} vocabulary rows, the teacher {sizes['teacher']}",
-                    where=_where(cfg, "student", "teacher"),
+                    where=given(cfg, "student", "teacher"),
                     fix="choose a teacher of the same vocabulary, or cut padded rows off the larger embedding",
                 )
             )
-        for role, shape in shapes.items():
-            if shape and cfg.sequence_length > shape["max_position_embeddings"]:
-                longest = shape["max_position_embeddings"]
-                problems.append(
-                    Problem(
-                        f"sequence_length {cfg.sequence_length} exceeds the {role}'s {longest} positions",
-                        where="sequence_length",
-                        fix=f"sequence_length={longest}",
-                    )
-                )
+        problems += too_long(cfg, **shapes)
         if cfg.teacher_device.startswith("cuda") and not plans_for_gpu():
             problems.append(
                 Problem(
@@ -93,10 +75,7 @@ class Distill(TrainingStage):
                     fix="teacher_device=same",
                 )
             )
-        if data.rows == 0:
-            problems.append(
-                Problem("the training data has no documents", where=_where(cfg, "data"), fix="give a file with text")
-            )
+        problems += no_documents(cfg, data)
         problems += target_problems(cfg.lora, student.architecture) if student.architecture else []
         problems += _cache_problems(cfg, teacher.architecture)
         if problems:
@@ -181,10 +160,6 @@ class Distill(TrainingStage):
         ctx.first_does(write)
         _record(ctx, trainer, history, blocks, time.monotonic() - began)
         return {name: ctx.output_dir(name) for name in self.outputs}
-
-
-def _where(cfg: DistillConfig, *roles: str) -> str:
-    return ", ".join(f"{role}={cfg.inputs.get(role, '?')}" for role in roles)
 
 
 def _cache_problems(cfg: DistillConfig, teacher: Mapping[str, Any] | None) -> list[Problem]:

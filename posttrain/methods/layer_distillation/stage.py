@@ -15,6 +15,7 @@ from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.device import planned_ranks
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec
 from posttrain.training.estimate import ADAM_MOMENTS, ELEMENT_SIZE, widest_layer_bytes_per_token
+from posttrain.training.input_checks import given, no_documents, too_long, unfit_teacher
 from posttrain.training.stage import TrainingStage
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SHARED_FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size")
 """What student and teacher must have alike: layers are compared one to one, over one stream, on the same tokens."""
+SOURCE = "give the model that the student was converted from"
 
 
 class Ild(TrainingStage):
@@ -39,43 +41,26 @@ class Ild(TrainingStage):
     def check(self, cfg: IldConfig, inputs: Mapping[str, ArtifactMeta]) -> None:
         student, teacher = inputs["student"], inputs["teacher"]
         ours, theirs = student.architecture, teacher.architecture
-        problems = []
-        if cfg.inputs and cfg.inputs.get("student") == cfg.inputs.get("teacher"):
-            problems.append(
-                Problem(
-                    "the teacher is the student itself: every layer gives its own states already, nothing is learnt",
-                    where=_where(cfg, "student", "teacher"),
-                    fix="give the model that the student was converted from",
-                )
-            )
-        if student.tokenizer and teacher.tokenizer and student.tokenizer != teacher.tokenizer:
-            problems.append(
-                Problem(
-                    f"student and teacher have different tokenizers (digests {student.tokenizer[:12]} and "
-                    f"{teacher.tokenizer[:12]})",
-                    where=_where(cfg, "student", "teacher"),
-                    fix="give the model that the student was converted from",
-                )
-            )
+        problems = unfit_teacher(
+            cfg,
+            student,
+            teacher,
+            idle="every layer gives its own states already",
+            apart="they read the same text as other tokens",
+            fix=SOURCE,
+        )
         if ours and theirs:
             unlike = [f"{name} {ours[name]} and {theirs[name]}" for name in SHARED_FIELDS if ours[name] != theirs[name]]
             if unlike:
                 problems.append(
                     Problem(
                         f"layers of student and teacher cannot be compared: {', '.join(unlike)}",
-                        where=_where(cfg, "student", "teacher"),
-                        fix="give the model that the student was converted from",
+                        where=given(cfg, "student", "teacher"),
+                        fix=SOURCE,
                     )
                 )
-        for role, shape in (("student", ours), ("teacher", theirs)):
-            if shape and cfg.sequence_length > shape["max_position_embeddings"]:
-                longest = shape["max_position_embeddings"]
-                what = f"sequence_length {cfg.sequence_length} exceeds the {role}'s {longest} positions"
-                problems.append(Problem(what, where="sequence_length", fix=f"sequence_length={longest}"))
-        if inputs["data"].rows == 0:
-            problems.append(
-                Problem("the training data has no documents", where=_where(cfg, "data"), fix="give a file with text")
-            )
+        problems += too_long(cfg, student=ours, teacher=theirs)
+        problems += no_documents(cfg, inputs["data"])
         if problems:
             raise RecipeError(problems=problems)
 
@@ -147,10 +132,6 @@ def trained_parameters(arch: Mapping[str, Any], trainable: str) -> list[int]:
     counts = [(mixer_parameters if trainable == "mixer" else layer_parameters)(arch, layer) for layer in layers]
     counts[-1] += arch["hidden_size"] if trainable == "all" else 0
     return counts
-
-
-def _where(cfg: IldConfig, *roles: str) -> str:
-    return ", ".join(f"{role}={cfg.inputs.get(role, '?')}" for role in roles)
 
 
 def layer_names(row: Mapping[str, float]) -> list[str]:

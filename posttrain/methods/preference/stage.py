@@ -22,6 +22,7 @@ from posttrain.training.estimate import (
     trainable_parameters,
     training_memory,
 )
+from posttrain.training.input_checks import too_long
 from posttrain.training.stage import TrainingStage
 from posttrain.training.trl_memory import head_bytes
 
@@ -157,11 +158,4 @@ def _gate_notes(cfg: PreferenceConfig, inputs: Mapping[str, ArtifactMeta]) -> tu
 
 
 def _model_problems(cfg: PreferenceConfig, arch: Mapping[str, Any] | None) -> list[Problem]:
-    if not arch:
-        return []
-    problems = target_problems(cfg.lora, arch)
-    longest = arch["max_position_embeddings"]
-    if cfg.sequence_length > longest:
-        problem = f"sequence_length {cfg.sequence_length} exceeds the model's {longest} positions"
-        problems.append(Problem(problem, where="sequence_length", fix=f"sequence_length={longest}"))
-    return problems
+    return [*target_problems(cfg.lora, arch), *too_long(cfg, model=arch)] if arch else []

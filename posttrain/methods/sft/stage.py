@@ -22,6 +22,7 @@ from posttrain.training.estimate import (
     trainable_parameters,
     training_memory,
 )
+from posttrain.training.input_checks import too_long
 from posttrain.training.stage import TrainingStage
 from posttrain.training.trl_memory import head_bytes
 
@@ -151,15 +152,7 @@ def _template_problems(cfg: SftConfig, model: ArtifactMeta, data: ArtifactMeta) 
 
 
 def _model_problems(cfg: SftConfig, arch: Mapping[str, Any] | None) -> list[Problem]:
-    if not arch:
-        return []
-    problems = []
-    longest = arch["max_position_embeddings"]
-    if cfg.sequence_length > longest:
-        problem = f"sequence_length {cfg.sequence_length} exceeds the model's {longest} positions"
-        problems.append(Problem(problem, where="sequence_length", fix=f"sequence_length={longest}"))
-    problems += target_problems(cfg.lora, arch)
-    return problems
+    return [*too_long(cfg, model=arch), *target_problems(cfg.lora, arch)] if arch else []
 
 
 def _record(
