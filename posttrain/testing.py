@@ -88,6 +88,8 @@ class Pause:
         if not self._said.exists():
             return None
         pid = int(self._said.read_text(encoding="utf-8"))
+        if not Path("/proc/self/stat").exists():  # not Linux: it stops right after saying so
+            return pid
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T":
                 return pid
