@@ -25,6 +25,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 
 from posttrain.config.documents import Document, load_document
+from posttrain.config.inherited import refused
 from posttrain.config.locate import counting, the_one
 from posttrain.config.suggest import among, nearest
 from posttrain.errors import Problem, RecipeError
@@ -72,6 +73,10 @@ class Repository(ConfigRepository):
     def document(self, config_path: str) -> Document | None:
         """The file behind a config, None if there is none."""
         return self._documents.get(config_path)
+
+    def composed(self) -> list[Document]:
+        """The recipe and the recipes that it includes, as far as they have been read: no options of groups."""
+        return [document for path, document in self._documents.items() if "/" not in path]
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         if config_path not in self._cache:
@@ -127,6 +132,8 @@ class Repository(ConfigRepository):
             kind = f"the options of {group}" if group else "what a defaults list can name"
             what = f"`{option}` is not among {kind}: {among(options)}"
             fix = f"write {entry.removesuffix(option)}{guess}" if guess else ""
+        if group == "recipes" and option in self.get_group_options(""):
+            what, fix = f"a recipe is included by its name, from whichever folder: not by `{entry}`", f"write {option}"
         self.problems.append(Problem(what, where, fix))
         if guess is not None:
             instead = f"{group}/{guess}" if group else guess
@@ -145,7 +152,7 @@ class Repository(ConfigRepository):
                     key, value = next(iter(entry.items()))
                     if value == option and key.split()[-1].partition("@")[0] == group:
                         return f"{self.shown(document.path)}:{found}", f"{key}: {value}"
-                elif entry in (option, f"{group}/{option}"):
+                elif str(entry).lstrip("/") in (option, f"{group}/{option}"):
                     return f"{self.shown(document.path)}:{found}", str(entry)
         return "", f"{group}={option}"
 
@@ -208,8 +215,9 @@ def defaults_list(repository: Repository, choices: list[Override]) -> DefaultsLi
         what = "the defaults lists of the recipe and its parts include each other without end"
         raise RecipeError(what, repository.shown(repository.recipe)) from None
     except (HydraException, ValueError) as error:
-        text = str(error).replace(PRIMARY, repository.recipe.stem).strip().splitlines()[0]
-        raise RecipeError(f"the defaults list does not compose: {text}", repository.shown(repository.recipe)) from None
+        text = str(error).replace(PRIMARY, repository.recipe.stem).strip()
+        # A config that does not exist was read as an empty one, and what it lacks is an echo of that.
+        raise RecipeError(problems=repository.problems or [refused(text, repository)]) from None
 
 
 def merge(repository: Repository, defaults: DefaultsList) -> Composition:

@@ -353,3 +353,29 @@ def test_nothing_is_written_by_a_refused_recipe(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     problems("x_ecomla", ["model=smolm2_135m"])
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "line", "words", "fix"),
+    [
+        (["/recipes/x_ecomla", "override /model: tiny"], 2, "included by its name", "write x_ecomla"),
+        (["x_ecomla", "override /modell: tiny"], 3, "no part of the recipe has `modell`", "write override model: tiny"),
+        (["x_ecomla", "model: tiny"], 3, "`model` is chosen twice", "write override model: tiny"),
+        (["override model: tiny", "x_ecomla"], 2, "stands before", "move it to the end of the list"),
+    ],
+)
+def test_a_recipe_that_inherits_another_is_told_how(
+    tmp_path: Path, entries: list[str], line: int, words: str, fix: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text("".join(["defaults:\n", *(f"  - {entry}\n" for entry in entries)]))
+    (found,) = problems("./mine.yaml", ["scale=smoke"], cwd=tmp_path)
+    assert found.where == f"mine.yaml:{line}"
+    assert words in found.what and found.fix.startswith(fix)
+
+
+def test_a_recipe_in_a_folder_of_ones_own_includes_a_shipped_one_by_name(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("defaults:\n  - /recipes/x_ecomla\n  - override /model: tiny\n")
+    assert problems("mine", [], config_dir=tmp_path)[0].fix == "write x_ecomla"
+    (tmp_path / "recipes" / "mine.yaml").write_text("defaults:\n  - x_ecomla\n  - override /model: tiny\n")
+    assert load_recipe("mine", config_dir=tmp_path).stages["model"].name == "tiny random model"
