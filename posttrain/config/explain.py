@@ -217,7 +217,7 @@ def _problem(
     if kind in ("value_error", "assertion_error"):
         rule, _, example = items[0]["msg"].partition(", ")[2].partition(", e.g. ")
         fix = f"write {_qualified(example, model, '.'.join(map(str, section)))}" if example else ""
-        return Problem(f"{dotted}: {rule}", _whole(origins, full).where, fix)
+        return Problem(f"{dotted}: {rule}", origins.to_blame(full, items[0]["msg"]).where, fix)
     what = f"`{dotted}` should be {wanted}, not {show_value(value)!r}{doc}"
     if isinstance(value, dict | list):
         # A scalar in a file that an override turned into a section: the override is to blame.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,18 @@ class Origins:
     def below(self, path: KeyPath) -> list[Origin]:
         """Every place that wrote that key or something under it."""
         return [origin for found, origin in self._build().items() if found[: len(path)] == path]
+
+    def to_blame(self, section: KeyPath, said: str) -> Origin:
+        """The last override of a setting within a section that a sentence on the section names; without one, where the
+        section begins: an override that it does not name may be innocent."""
+        named, found = set(re.findall(r"\w+", said)), self.of(section)
+        last = -1
+        for path, origin in self._build().items():
+            if path[: len(section)] == section and path[-1] in named and origin.argument is not None:
+                position = self._arguments.index(origin.argument)
+                if position > last:
+                    last, found = position, origin
+        return found
 
     def deleted(self, path: KeyPath) -> Argument | None:
         """The override that deleted that key, None if none did."""

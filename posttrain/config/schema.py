@@ -65,7 +65,10 @@ class Engine(Section):
     @model_validator(mode="after")
     def _ranks_need_a_strategy(self) -> Self:
         if self.world_size > 1 and self.strategy == "single":
-            raise ValueError(f"engine={self.name} works on one rank, not on {self.world_size}, e.g. engine=ddp")
+            raise ValueError(
+                f"engine={self.name} works on one rank, not on {self.world_size} (engine.ranks times engine.nodes), "
+                "e.g. engine=ddp"
+            )
         return self
 
     @model_validator(mode="after")

@@ -379,3 +379,25 @@ def test_a_recipe_in_a_folder_of_ones_own_includes_a_shipped_one_by_name(tmp_pat
     assert problems("mine", [], config_dir=tmp_path)[0].fix == "write x_ecomla"
     (tmp_path / "recipes" / "mine.yaml").write_text("defaults:\n  - x_ecomla\n  - override /model: tiny\n")
     assert load_recipe("mine", config_dir=tmp_path).stages["model"].name == "tiny random model"
+
+
+@pytest.mark.parametrize(
+    ("typed", "blamed"),
+    [
+        (["stages.rl.generation_batch_size=4", "stages.rl.num_generations=2"], "stages.rl.num_generations=2"),
+        (["stages.rl.generation_batch_size=4"], "stages.rl.generation_batch_size=4"),
+        (["stages.rl={risk: {bundle_size: 3}}"], "stages.rl={risk: {bundle_size: 3}}"),
+    ],
+)
+def test_a_rule_of_a_whole_stage_is_told_of_a_setting_that_it_names(typed: list[str], blamed: str) -> None:
+    """Not of the last override, whichever it was: how answers are found is no reason for a number of questions."""
+    (found,) = problems("riskpo", ["scale=smoke", *typed, "stages.rl.answer.find=boxed"])
+    assert "bundles" in found.what and found.where == blamed
+
+
+def test_a_rule_that_names_no_override_is_told_of_the_stage(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "defaults:\n  - riskpo\nstages:\n  rl:\n    risk: {bundle_size: 7}\n    generation_batch_size: 510\n"
+    )
+    (found,) = problems("./mine.yaml", ["stages.rl.answer.find=boxed"], cwd=tmp_path)
+    assert "bundles of 7" in found.what and found.where == "mine.yaml:4"

@@ -51,7 +51,8 @@ class RiskpoConfig(PolicyConfig):
         if self.risk.level == "bundle" and questions % size:
             whole = max(1, questions // size) * size * self.num_generations
             raise ValueError(
-                f"the {questions} questions of a roll-out batch are no whole number of bundles of {size}: "
+                f"the {questions} questions of a roll-out batch (generation_batch_size={self.generation_batch_size} by "
+                f"num_generations={self.num_generations}) are no whole number of bundles of {size}: "
                 f"generation_batch_size={whole} has {whole // self.num_generations} questions, or set risk.bundle_size"
             )
         return self
