@@ -54,7 +54,7 @@ class DataSourceConfig(StageConfig):
         None,
         description="A .jsonl, .txt or .md file, or a folder of them; ~ and relative paths as in a shell. "
         "A .jsonl row has `text_field`, `messages`, `prompt` with `completion`, `prompt` with `chosen` and "
-        "`rejected`, or `question` with `answer`; a .txt or .md file is one document.",
+        "`rejected`, `question` with `answer`, or a `prompt` alone; a .txt or .md file is one document.",
         json_schema_extra=NOT_IN_KEY,
     )
     text_field: str = Field("text", description="Field of a .jsonl or hub row that holds the text.")

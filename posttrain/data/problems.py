@@ -32,10 +32,14 @@ def reward_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def question_turns(row: Mapping[str, Any]) -> Turns | None:
-    """The turns that ask, in `question` or `prompt`, of a row that says how answers are scored; else None."""
+def question_turns(row: Mapping[str, Any], document_field: str | None = None) -> Turns | None:
+    """The turns that ask, in `question` or `prompt`, of a row that says how answers are scored; else None.
+
+    A `prompt` by itself asks too: rewards of length and form need no more. Beside further fields it is no such row, as
+    those may be a completion under another name.
+    """
     asked = row.get("question", row.get("prompt"))
-    if not reward_fields(row) or not asked:
+    if not asked or not reward_fields(row) and not set(row) <= {"prompt", "id", document_field}:
         return None
     return [{"role": "user", "content": asked}] if isinstance(asked, str) else normal_messages(asked)
 

@@ -243,7 +243,7 @@ def check_rows(rewards: Mapping[str, RewardSettings], fields: Collection[str], w
         Problem(
             f"reward `{name}` ({reward.type}) needs rows with {' or '.join(f'`{field}`' for field in reward.needs)}",
             f"{where}.{name}",
-            f"choose data that has it (the rows have {', '.join(sorted(fields))}), or another reward",
+            f"choose data that has it (the rows have {', '.join(sorted(fields)) or 'neither'}), or another reward",
         )
         for name, reward in rewards.items()
         if reward.needs and not set(reward.needs) & set(fields)

@@ -297,7 +297,25 @@ def test_problems_of_files_with_one_question_stay_in_one_split(tmp_path) -> None
     assert len(heldout) % 3 == 0 and heldout and len(train) + len(heldout) == 30
 
 
-@pytest.mark.parametrize("row", [{"question": "q"}, {"question": "", "answer": "1"}, {"prompt": [1], "answer": "1"}])
+def test_a_prompt_alone_asks(tmp_path) -> None:
+    """Rewards of length and form need nothing else of a row."""
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q2"}]
+    path = jsonl(tmp_path / "x.jsonl", [{"prompt": "q1", "id": "one"}, {"prompt": turns, "source": "s"}])
+    train, heldout, _ = run(DataSourceConfig(path=str(path), document_field="source"), tmp_path / "w")
+    asked = [problems.prompt_of(row) for row in [*train, *heldout]]
+    assert sorted(asked, key=len) == [[{"role": "user", "content": "q1"}], turns]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q"},
+        {"question": "", "answer": "1"},
+        {"prompt": [1], "answer": "1"},
+        {"prompt": ""},
+        {"prompt": "p", "complettion": "c"},
+    ],
+)
 def test_a_row_that_asks_or_answers_nothing_is_refused(tmp_path, row) -> None:
     cfg = DataSourceConfig(path=str(jsonl(tmp_path / "x.jsonl", [{"text": "a"}, row])))
     with pytest.raises(RecipeError, match=r'(?s)no text in field.*"question"'):

@@ -112,8 +112,8 @@ def read_jsonl(file: Path, name: str, text_field: str, document_field: str | Non
 
 def row_document(row: Any, row_id: str, text_field: str, document_field: str | None, where: str) -> Document:
     """A document of a row: `{text_field: str}`, `{"messages": [...]}` (also `conversations`), a preference pair
-    (`prompt`, `chosen`, `rejected`), a `prompt` with its `completion`, or a `question` (or `prompt`) with its `answer`
-    or with the tests of a program.
+    (`prompt`, `chosen`, `rejected`), a `prompt` with its `completion`, a `question` (or `prompt`) with its `answer`
+    or with the tests of a program, or a `prompt` alone.
 
     Raises:
         RecipeError: it is none of them, or lacks a part.
@@ -129,7 +129,7 @@ def row_document(row: Any, row_id: str, text_field: str, document_field: str | N
     # A text of its own counts, unless it is the plain form of the conversation, as in our own artifacts.
     if isinstance(text, str) and (messages is None or text != plain_text(messages)):
         return Document(id=row_id, text=text, group=group)
-    if messages is None and (asked := question_turns(row)):
+    if messages is None and (asked := question_turns(row, document_field)):
         found = reward_fields(row)
         turns = tuple((turn["role"], turn["content"]) for turn in asked)
         if ANSWER in found:
@@ -150,7 +150,7 @@ def row_document(row: Any, row_id: str, text_field: str, document_field: str | N
             where=where,
             fix='data.text_field=NAME, or rows {"messages": [{"role": "user", "content": "..."}, ...]}, or '
             '{"prompt": ..., "chosen": ..., "rejected": ...}, {"prompt": ..., "completion": ...}, or '
-            '{"question": ..., "answer": ...} (or "tests": [...] for programs)',
+            '{"question": ..., "answer": ...} (or "tests": [...] for programs), or {"prompt": ...} alone',
         )
     turns = tuple((turn["role"], turn["content"]) for turn in messages)
     return Document(id=row_id, text=plain_text(messages), group=group, messages=turns, fields=_kept(row))

@@ -145,7 +145,7 @@ def _unscorable(cfg: ProblemSettings, data: ArtifactMeta) -> list[Problem]:
     return [
         Problem(
             f"the data has no problems that reward {cfg.reward.type} can score: {lack}",
-            where="problems of an evaluate stage",
+            where="problems",
             fix="inputs.data: a data set with right answers (data=reasoning_gym_rl, data=math), another "
             "problems.reward, or problems=null",
         )
@@ -176,7 +176,7 @@ def _data_problems(data: ArtifactMeta) -> list[Problem]:
     return [
         Problem(
             f"the evaluation data has {found}; at least 2 are needed (intervals are taken over documents)",
-            where="input `data` of an evaluate stage",
+            where="inputs.data",
             fix="give a file with more rows or a folder with more text files (data.path=…), or hold out more: "
             "data.heldout_fraction=0.3",
         )
@@ -184,7 +184,7 @@ def _data_problems(data: ArtifactMeta) -> list[Problem]:
 
 
 def _baseline_problems(model: ArtifactMeta, baseline: ArtifactMeta) -> list[Problem]:
-    where = "inputs `model` and `baseline` of an evaluate stage"
+    where = "inputs.baseline"
     fix = "give the model that this one was made from, or no baseline: `~stages.NAME.inputs.baseline`"
     if model.tokenizer and baseline.tokenizer and model.tokenizer != baseline.tokenizer:
         digests = f"{model.tokenizer[:12]} and {baseline.tokenizer[:12]}"

@@ -11,9 +11,11 @@ import torch
 from evaluation_case import config, context, random_texts, save_model, save_texts
 from transformers import AutoModelForCausalLM
 
+from posttrain.config import load_recipe
 from posttrain.errors import PosttrainError, RecipeError, StopRequested
 from posttrain.methods.evaluation.stage import Evaluate
 from posttrain.models.tiny import tiny_tokenizer
+from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.stage import ArtifactMeta
 
 
@@ -264,3 +266,14 @@ def test_a_latent_cache_measures_as_predicted(precision: str, folders, tmp_path:
     assert result["kv_bytes_per_token_measured"] == result["kv_bytes_per_token_predicted"] == 2 * (24 + 8) * size
     assert result["baseline_kv_bytes_per_token_measured"] == 2 * 2 * 2 * 16 * size
     assert result["kv_constant_bytes"] == 0 and math.isfinite(result["kl"])
+
+
+def test_refusals_stand_where_the_recipe_has_the_setting(tmp_path) -> None:
+    """They stood at "problems of an evaluate stage", of which a recipe may have several."""
+    rows = tmp_path / "x.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(8)))
+    with pytest.raises(RecipeError) as caught:
+        make_plan(load_recipe("grpo", ["scale=smoke", f"datasets.problems.path={rows}"]), outputs=tmp_path)
+    told = [problem for problem in caught.value.problems if "reward gym can score" in problem.what]
+    assert len(told) == 2 and len({problem.where for problem in told}) == 2
+    assert all("grpo.yaml:" in problem.where for problem in told)
