@@ -67,7 +67,9 @@ class Evaluate(Stage):
         documents = cfg.max_documents if rows is None else min(cfg.max_documents, rows)
         answers = 0 if cfg.problems is None else _answer_tokens(cfg.problems, rows)
         needle = 0 if cfg.needle is None else cfg.needle.prompt_tokens
-        notes = [f"windows of {window} tokens: the model's max_position_embeddings"] if window < cfg.max_tokens else []
+        notes = _warnings(cfg)
+        if window < cfg.max_tokens:
+            notes.append(f"windows of {window} tokens: the model's max_position_embeddings")
         return Estimate(
             parameters=parameter_count(architectures[0]),
             tokens=(documents * window * cfg.max_windows + answers + needle) * len(architectures),
@@ -80,6 +82,17 @@ class Evaluate(Stage):
         from posttrain.methods.evaluation.evaluate import evaluate
 
         return {"evaluation": evaluate(ctx)}
+
+
+def _warnings(cfg: EvaluateConfig) -> list[str]:
+    """What can be meant, and mostly is not."""
+    model, baseline, data = (cfg.inputs.get(name, "").removesuffix(".model") for name in ("model", "baseline", "data"))
+    found = []
+    if data.endswith(".train"):
+        found.append(f"{data} is what is trained on: its figures do not say how the model does on new text (.heldout)")
+    if model and model == baseline:
+        found.append(f"{model} is its own baseline: differences to the baseline are all 0")
+    return found
 
 
 def position_limit(architectures: Iterable[Mapping[str, Any]]) -> float:

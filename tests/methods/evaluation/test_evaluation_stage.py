@@ -277,3 +277,12 @@ def test_refusals_stand_where_the_recipe_has_the_setting(tmp_path) -> None:
     told = [problem for problem in caught.value.problems if "reward gym can score" in problem.what]
     assert len(told) == 2 and len({problem.where for problem in told}) == 2
     assert all("grpo.yaml:" in problem.where for problem in told)
+
+
+def test_the_plan_warns_of_training_data_and_of_a_model_as_its_own_baseline(tmp_path) -> None:
+    swapped = ["stages.evaluate.inputs.data=data.train", "stages.evaluate.inputs.baseline=prefer"]
+    plan = make_plan(load_recipe("x_ecomla", ["scale=smoke", *swapped]), outputs=tmp_path)
+    trained, own = plan["evaluate"].estimate.notes
+    assert trained.startswith("data.train is what is trained on")
+    assert own.startswith("prefer is its own baseline")
+    assert plan["evaluate_converted"].estimate.notes == ()
