@@ -166,7 +166,8 @@ def _take_over(
         (outputs / name).mkdir()
         for file, text in MAY_BE_MADE_UP[planned.stage.outputs[name]].items():
             write_text(outputs / name / file, text)
-    metas = {name: measure(planned.stage, job, name, outputs / name) for name in job.predicted}
+    fix = f"adopt a model of the planned shape, or give stage {planned.name} the settings that this one was made with"
+    metas = {name: measure(planned.stage, job, name, outputs / name, fix) for name in job.predicted}
     computed = Computed({}, {}, {}, "cpu", host_facts("cpu"), None)
     manifest = make_manifest(job, planned.stage, computed, metas, started, code)
     adopted: dict[str, Any] = {"from": str(source.resolve()), "by": _user(), "at": started, "made_up": made_up}

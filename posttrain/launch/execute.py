@@ -271,8 +271,17 @@ def _check_outputs(stage: Stage, outputs: Mapping[str, Path], work_dir: Path) ->
             raise StageError(f"output '{name}' was written to {outputs[name]}, not to the work folder's outputs/{name}")
 
 
-def measure(stage: Stage, job: Job, name: str, path: Path) -> ArtifactMeta:
-    """Meta of a finished output, held against what was planned. Raises RecipeError or StageError."""
+def measure(
+    stage: Stage,
+    job: Job,
+    name: str,
+    path: Path,
+    fix: str = "correct `architecture:` in the model's YAML, or the settings of the stage",
+) -> ArtifactMeta:
+    """Meta of a finished output, held against what was planned. Raises RecipeError or StageError.
+
+    `fix` is the advice where the output is another model than planned.
+    """
     type_, predicted = stage.outputs[name], ArtifactMeta.from_json(job.predicted[name])
     if type_ == "model":
         from posttrain.models.inspect import check_model_folder, check_weight_files
@@ -282,11 +291,11 @@ def measure(stage: Stage, job: Job, name: str, path: Path) -> ArtifactMeta:
     measured = stage.measure(name, path, predicted)
     if measured.type != type_:
         raise StageError(f"output '{name}' of stage {job.stage} is a {measured.type}, declared as a {type_}", str(path))
-    _check_prediction(job.stage, name, predicted, measured)
+    _check_prediction(job.stage, name, predicted, measured, fix)
     return measured
 
 
-def _check_prediction(stage: str, name: str, predicted: ArtifactMeta, measured: ArtifactMeta) -> None:
+def _check_prediction(stage: str, name: str, predicted: ArtifactMeta, measured: ArtifactMeta, fix: str) -> None:
     """Later stages were planned for the predicted structure: another one must not pass.
 
     Fields under `open` of the prediction follow from weights or data; their values there are for estimates alone.
@@ -300,7 +309,7 @@ def _check_prediction(stage: str, name: str, predicted: ArtifactMeta, measured: 
     ]
     if differing:
         what = f"output '{name}' of stage {stage} is not the model that was planned: {', '.join(differing)}"
-        raise StageError(what, fix="correct `architecture:` in the model's YAML, or the settings of the stage")
+        raise StageError(what, fix=fix)
 
 
 def make_manifest(

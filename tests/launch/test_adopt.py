@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy
 import pytest
+from source_models import make_source
 from test_run import Recorder, run
 from toy_stages import toy_recipe
 
+from posttrain.config import load_recipe
 from posttrain.errors import EXIT_DONE, EXIT_FAILED, RecipeError, StageError
 from posttrain.launch.adopt import adopt
 from posttrain.models.finite import first_non_finite
+from posttrain.models.tiny import tiny_tokenizer
 from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.plan import make_plan
 from posttrain.pipeline.store import verify
@@ -87,6 +90,16 @@ def test_what_an_artifact_may_not_be(spoil, what: str):
     with pytest.raises(RecipeError, match=what):
         adopt(plan(), "train", folder)
     assert not list(Path("outputs/store").glob("toy_train/*"))
+
+
+def test_a_model_of_another_shape_is_told_of_the_stage_not_of_an_option(tmp_path: Path):
+    """There may be no YAML with an `architecture:` behind the stage that it is adopted for."""
+    make_source("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="not the model that was planned: ") as refused:
+        adopt(make_plan(load_recipe("x_ecomla", ["scale=smoke"])), "model", tmp_path)
+    fix = "adopt a model of the planned shape, or give stage model the settings that this one was made with"
+    assert refused.value.problems[0].fix == fix
 
 
 def test_inputs_must_be_there_and_names_right():
