@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ _TOKENIZER_DIGEST = "tokenizer-1"
 """Changed when `_digest_tokenizer` would give another digest of the same file."""
 _LARGEST_TOKEN = "largest-token-1"
 """Changed when `_largest_token` would give another number of the same file."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_SIZES = {
+    "model.embed_tokens.weight": ("vocab_size", "hidden_size"),
+    "model.layers.0.mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
+}
+"""Tensor of every family to the settings that its rows and columns follow."""
 _README_HEAD = 16_384
 _STATE_OF_LAST_CALL = ("padding", "truncation")
 _LIBRARY_DEFAULTS = {
@@ -145,27 +151,49 @@ def check_model_folder(folder: str | Path) -> None:
     """Look at config.json and at every safetensors header and size, without reading a weight.
 
     Raises:
-        RecipeError: missing or broken config.json, unsupported architecture, missing, foreign or truncated weights.
+        RecipeError: missing or broken config.json, unsupported architecture, missing, foreign or truncated weights, or
+            weights of another depth or width than config.json says.
     """
-    read_architecture(folder)
-    check_weight_files(folder)
+    architecture = read_architecture(folder)
+    shapes = check_weight_files(folder)
+    if "counted_as" not in architecture:  # a type of an installed package has names of its own
+        _compare_sizes(architecture, shapes, Path(folder) / "config.json")
 
 
-def check_weight_files(folder: str | Path) -> None:
-    """Look at every safetensors header and size of a folder, whatever its architecture.
+def check_weight_files(folder: str | Path) -> dict[str, list[int]]:
+    """Look at every safetensors header and size of a folder, whatever its architecture; the shape of every tensor.
 
     Raises:
         RecipeError: missing, foreign or truncated weights.
     """
-    shards = _shards(Path(folder))
+    shards, shapes = _shards(Path(folder)), {}
     for file, expected in shards.items():
-        missing = expected - set(_complete_tensors(file))
+        found = _complete_tensors(file)
+        shapes |= found
+        missing = expected - set(found)
         if missing:
             raise RecipeError(
                 f"{file.name} lacks {len(missing)} tensors that the index promises, e.g. {sorted(missing)[0]}",
                 where=str(file),
                 fix="copy or download the folder again",
             )
+    return shapes
+
+
+def _compare_sizes(architecture: dict[str, Any], shapes: dict[str, list[int]], config: Path) -> None:
+    """Raise RecipeError where the weights have another depth or width than config.json says."""
+    layers = {int(found[1]) for name in shapes if (found := _LAYER.match(name))}
+    wanted = architecture["num_hidden_layers"]
+    wrong = []
+    if layers and layers != set(range(wanted)):
+        wrong.append(f"num_hidden_layers {wanted}, but the weights have layers {min(layers)} to {max(layers)}")
+    for tensor, (rows, columns) in _SIZES.items():
+        shape, stated = shapes.get(tensor), [architecture[rows], architecture[columns]]
+        if shape is not None and shape != stated:
+            wrong.append(f"{rows} {stated[0]} and {columns} {stated[1]}, but {tensor} is {shape}")
+    if wrong:
+        fix = "copy the config.json that was saved with these weights"
+        raise RecipeError(f"the weights are not of the shape in config.json: {'; '.join(wrong)}", str(config), fix)
 
 
 def tensor_names(folder: str | Path) -> set[str]:
@@ -193,8 +221,8 @@ def _shards(path: Path) -> dict[Path, set[str]]:
     return shards
 
 
-def _complete_tensors(file: Path) -> Iterator[str]:
-    """Tensor names of one safetensors file whose size agrees with its header."""
+def _complete_tensors(file: Path) -> dict[str, list[int]]:
+    """Tensor name to shape of one safetensors file whose size agrees with its header."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -207,7 +235,7 @@ def _complete_tensors(file: Path) -> Iterator[str]:
         raise _broken(file, f"its header is unreadable ({size} bytes on disk)") from None
     if 8 + length + end != size:
         raise _broken(file, f"it should have {8 + length + end} bytes and has {size}")
-    yield from tensors
+    return {name: entry.get("shape", []) for name, entry in tensors.items()}
 
 
 def _broken(file: Path, why: str) -> RecipeError:

@@ -148,6 +148,25 @@ def test_a_chat_template_counts_wherever_it_is_kept(tmp_path: Path) -> None:
     assert chat_template_digest(tmp_path) != file
 
 
+@pytest.mark.parametrize(
+    ("field", "change", "words"),
+    [
+        ("num_hidden_layers", -1, r"num_hidden_layers 1, but the weights have layers 0 to 1"),
+        ("num_hidden_layers", 1, r"num_hidden_layers 3, but the weights have layers 0 to 1"),
+        ("intermediate_size", 64, r"but model.layers.0.mlp.up_proj.weight is \["),
+        ("vocab_size", -1, r"but model.embed_tokens.weight is \["),
+    ],
+)
+def test_weights_of_another_shape_than_config_json(tmp_path: Path, field: str, change: int, words: str) -> None:
+    """A plan says so, of the folder that the user gave: it was seen where the first stage loads a copy."""
+    make_source("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: config[field] + change}))
+    with pytest.raises(RecipeError, match=words) as caught:
+        check_model_folder(tmp_path)
+    assert caught.value.problems[0].where == str(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("missing", [1, 4000])
 def test_truncated_weights(folder: Path, missing: int) -> None:
     weights = folder / "model.safetensors"
