@@ -83,6 +83,7 @@ def _submit(
     from posttrain.errors import EXIT_INTERRUPTED, EXIT_STOPPED
     from posttrain.launch.slurm.follow import follow
     from posttrain.launch.slurm.sweep import count_of, submit_sweep
+    from posttrain.pipeline.run_dir import RunDir
     from posttrain.pipeline.sweep import compare_points, new_record, save_record
 
     folder = plans[0].outputs / "sweeps" / name
@@ -109,7 +110,8 @@ def _submit(
             typer.echo(f"posttrain: {result.run_dir.name}: {result.message}", err=True)
     codes = {result.exit_code for result in results}
     if EXIT_INTERRUPTED in codes:
-        typer.echo(f"posttrain: the sweep's points are left as they are; end them: posttrain cancel {name}", err=True)
+        cancel = RunDir(plans[0].outputs / "runs" / name).typed("cancel")
+        typer.echo(f"posttrain: the sweep's points are left as they are; end them: {cancel}", err=True)
     elif EXIT_STOPPED in codes:
         typer.echo("posttrain: points were stopped; the same command goes on with them", err=True)
     report = compare_points(folder, plans[0].outputs, record)

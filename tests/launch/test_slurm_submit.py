@@ -17,8 +17,8 @@ from posttrain.cli.submit import with_launcher
 from posttrain.config.launcher import Launcher
 from posttrain.errors import RecipeError, StageError
 from posttrain.launch.slurm.follow import press, request
-from posttrain.launch.slurm.ledger import read_ledger, settle
-from posttrain.launch.slurm.submit import dry_run, submit
+from posttrain.launch.slurm.ledger import read_ledger, refuse_beside_jobs, settle
+from posttrain.launch.slurm.submit import dry_run, submit, told
 from posttrain.pipeline.events import EventLog
 from posttrain.pipeline.frozen import frozen_plan
 from posttrain.pipeline.lock import Lock
@@ -43,6 +43,18 @@ def test_every_stage_is_submitted_after_those_it_needs(slurm):
     assert [(event["stage"], event["job"]) for event in events] == list(submitted.jobs.items())
     assert events[2]["dependency"] == "afterok:102,afterok:101" and events[2]["script"] == third[-1]
     assert (made.run_dir.recipe_path).exists() and made.run_dir.record()["stages"][1]["key"] == made["train"].key
+
+
+def test_what_is_to_be_typed_next_names_the_outputs_folder(slurm, tmp_path):
+    """Where it is not ./outputs: the command as printed found no run."""
+    made = make_plan(recipe(frame=SLURM), outputs=tmp_path / "elsewhere")
+    submitted = submit(made, Quiet())
+    there = f"mine --outputs {tmp_path / 'elsewhere'}"
+    assert told(submitted)[-1] == f"follow it with: posttrain status {there}"
+    with pytest.raises(RecipeError) as refused:
+        refuse_beside_jobs(made.run_dir)
+    fix = refused.value.problems[0].fix
+    assert f"posttrain status {there}" in fix and fix.endswith(f"posttrain cancel {there}")
 
 
 def test_the_script_asks_for_what_the_recipe_says(slurm):

@@ -44,7 +44,7 @@ def follow(run: RunDir, display: Display, beside: Sequence[RunDir] = ()) -> RunR
                 return _result(run, state)
             # A run that somebody has cancelled already: the first Ctrl-C is for leaving it.
             if interrupts.count > 1 or (state.stop_requested and interrupts.count > obeyed):
-                left = f"left run {run.name} as it is; see: posttrain status {run.name}"
+                left = f"left run {run.name} as it is; see: {run.typed('status')}"
                 return RunResult(run, EXIT_INTERRUPTED, left)
             if interrupts.count and not state.stop_requested:
                 display.note("stopping: running stages save their state first (Ctrl-C again leaves at once)")
@@ -71,7 +71,7 @@ def _result(run: RunDir, state: RunState) -> RunResult:
     report = run.report_path if state.exit_code == EXIT_DONE and run.report_path.exists() else None
     message = failed[-1] if failed else ""
     if state.status == "stopped":
-        message = f"continue with: posttrain resume {run.name}"
+        message = f"continue with: {run.typed('resume')}"
     return RunResult(run, state.exit_code or 0, message, report, followed=True)
 
 

@@ -130,7 +130,7 @@ def refuse_beside_jobs(run: RunDir) -> None:
         return  # no Slurm to ask here; that no stage is computed twice at a time is seen to by the locks
     if jobs:
         listed = ", ".join(f"{stage} {job}" for stage, job in jobs.items())
-        fix = f"wait for them (posttrain status {run.name}), or end them first: posttrain cancel {run.name}"
+        fix = f"wait for them ({run.typed('status')}), or end them first: {run.typed('cancel')}"
         raise RecipeError(f"run {run.name} has jobs of Slurm's in the queue: {listed}", str(run.path), fix)
 
 
@@ -236,7 +236,7 @@ def _give_up_lost(run: RunDir, ledger: Ledger, own_job: str | None) -> None:
             log.append("stage_cancelled", stage, message="it was never submitted", **facts)
         elif entry.status == "running":
             why = f"job {entry.job} ended without saying why: cancelled, out of time or memory, or its node failed"
-            advice = f"  do: see `sacct -j {entry.job}` and {run.path}/slurm, then posttrain resume {run.name}"
+            advice = f"  do: see `sacct -j {entry.job}` and {run.path}/slurm, then {run.typed('resume')}"
             log.append("stage_failed", stage, message=f"stage {stage}: {why}\n{advice}", **facts)
         else:
             printed = f"{stage}-{entry.job}.out in the folder slurm of the run ({run.path}) or its sweep"

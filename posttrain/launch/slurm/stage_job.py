@@ -84,7 +84,7 @@ class StageJob(StageRunner):
             what = f"stage {planned.name} needs the artifact of stage {parent.name}, which is not in the store"
             if parent.damaged:
                 what = f"stage {planned.name} needs the artifact of stage {parent.name}, which is damaged"
-            raise StageError(what, parent.key, f"posttrain resume {self.run_dir.name} makes it again")
+            raise StageError(what, parent.key, f"{self.run_dir.typed('resume')} makes it again")
         self.finished[parent.name] = parent.artifact
 
     def _damaged(self, planned: StagePlan, message: str) -> tuple[str, str]:
@@ -257,7 +257,7 @@ def _plan(run: RunDir, stage: str) -> Plan:
     plan = frozen_plan(run)
     if plan[stage].key != submitted[stage]:
         what = f"an input of stage {stage}, or of one before it, has changed since the run was submitted"
-        raise StageError(what, str(run.recipe_path), f"posttrain resume {run.name} plans with what is there now")
+        raise StageError(what, str(run.recipe_path), f"{run.typed('resume')} plans with what is there now")
     return plan
 
 
@@ -273,7 +273,7 @@ def _check_progress(plan: Plan, run: RunDir, stage: str) -> None:
     count = requeues_without_progress(run.events(), stage)
     if count > limit:
         what = f"job {this_job()} was requeued {count} times in a row without stage {stage} coming any further"
-        fix = f"more time (launcher.stages.{stage}.time), or find what ends it; then posttrain resume {run.name}"
+        fix = f"more time (launcher.stages.{stage}.time), or find what ends it; then {run.typed('resume')}"
         raise StageError(what, "launcher.max_requeues_without_progress", fix)
 
 

@@ -103,7 +103,7 @@ def submit(plan: Plan, display: Display) -> Submitted:
         lock = Lock.acquire(run.lock_path, patience=5.0)
     except LockHeld as error:
         what = f"run {run.name} is executed by {error.owner or 'another process'}"
-        raise RecipeError(what, str(run.path), "wait for it, or end it first: posttrain cancel") from error
+        raise RecipeError(what, str(run.path), f"wait for it, or end it first: {run.typed('cancel')}") from error
     with lock:
         stages = to_submit(plan)
         if not stages:
@@ -197,7 +197,7 @@ class Submission(StageRunner):
                 stale.append(job)
             else:
                 what = f"job {job} is at work on stage {planned.name}, which is to be made otherwise now"
-                fix = f"wait for it, or end it first: posttrain cancel {self.plan.run_name}"
+                fix = f"wait for it, or end it first: {self.plan.run_dir.typed('cancel')}"
                 problems.append(Problem(what, fix=fix))
         if problems:
             raise RecipeError(problems=problems)
@@ -272,4 +272,4 @@ def told(submitted: Submitted) -> list[str]:
         f"  {name:{width}}  {job}{'  (in the queue already)' if name in submitted.kept else ''}"
         for name, job in submitted.jobs.items()
     ]
-    return [f"run {run.name}: {len(submitted.jobs)} jobs", *lines, f"follow it with: posttrain status {run.name}"]
+    return [f"run {run.name}: {len(submitted.jobs)} jobs", *lines, f"follow it with: {run.typed('status')}"]
