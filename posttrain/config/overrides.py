@@ -150,7 +150,7 @@ def _reads(text: str) -> bool:
 
 def _sweep(text: str, where: str, parsed: Override) -> Problem:
     what = f"`{text}` lists several values, and one run takes one"
-    if parsed.value_type == ValueType.SIMPLE_CHOICE_SWEEP:
+    if parsed.value_type == ValueType.SIMPLE_CHOICE_SWEEP and parsed.key_or_group not in ("scale", *PACKAGES):
         key, _, value = text.partition("=")
         return Problem(what, where, f"write {_shell(f'{key}=[{value}]')} for a list, or -m for a run with each value")
     return Problem(what, where, "give one value, or -m for a run with each")

@@ -90,6 +90,8 @@ def _values(text: str, parsed: Override, config_dir: Path | None, problems: list
         return []
     if not values:
         problems.append(Problem(f"`{text}` lists nothing", text, "give at least one value"))
+    for value in (value for value in dict.fromkeys(values) if values.count(value) > 1):
+        problems.append(Problem(f"`{text}` lists {value} more than once, which is one run", text, "list it once"))
     return values
 
 

@@ -50,6 +50,8 @@ def test_four_kinds_of_typos_are_told_together() -> None:
             "several values",
             "write 'stages.distill.lr=[1e-4,1e-5]' for a list, or -m for a run with each value",
         ),
+        ("scale=smoke,demo", "several values", "give one value, or -m for a run with each"),
+        ("model=tiny,llama32_1b", "several values", "give one value, or -m for a run with each"),
         ("description=a=(b", "cannot be read", "quote it: write 'description=\"a=(b\"'"),
         pytest.param(
             "stages.evaluate.prompts[0]=b",

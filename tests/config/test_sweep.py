@@ -54,6 +54,7 @@ def test_a_group_in_a_package_is_swept_like_any_key():
         (["data=glob(x*)"], "matches none of the options of data", "demo_text"),
         (["stages.distill.lr=glob(*)"], "is no group", "model"),
         (["seed=1,2", "seed=3,4"], "swept twice", "one list"),
+        (["stages.distill.lr=1e-4,0.0001"], "lists 0.0001 more than once", "list it once"),
         (["seed=range(0,1000)"], "has 1000 points; 256 at most", "sweep less"),
         (["seed=range(3,1)"], "seed=range(3,1)", ""),
     ],
