@@ -146,7 +146,7 @@ def _loading(card: Json) -> Iterator[Block]:
         yield Bullets([*lines, *(f"Caveat: {text}" for text in (certificate.get("caveats") or {}).values())])
     elif model_type == "upcycled":
         yield Code(ours, "python")
-        own = plain.replace('("FOLDER")', '("FOLDER", trust_remote_code=True)', 1)
+        own = plain.replace('("FOLDER")', '("FOLDER", trust_remote_code=True)')
         yield Code(f"# Without posttrain: the folder brings its modelling code along.\n{own}", "python")
         stock = "posttrain export --to deepseek_v3 (latent attention everywhere) or --to falcon_h1 (states and full "
         yield Bullets([NOT_SERVED, f"{stock}attention) writes stock classes where that is exact"])

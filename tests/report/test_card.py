@@ -271,7 +271,11 @@ def test_random_weights_and_a_gate_that_kept_its_input_are_not_overlooked(tmp_pa
 @pytest.mark.parametrize(
     ("architecture", "words", "absent"),
     [
-        ({"model_type": "upcycled"}, ["posttrain.load", "trust_remote_code=True", "vLLM, SGLang, TGI"], []),
+        (
+            {"model_type": "upcycled"},
+            ["posttrain.load", 'Tokenizer.from_pretrained("FOLDER", trust_remote_code=True)', "vLLM, SGLang, TGI"],
+            ['("FOLDER")\ntokenizer', 'AutoTokenizer.from_pretrained("FOLDER")'],  # they ask whether to run its code
+        ),
         ({"model_type": "llama"}, ["posttrain.load", "A plain llama"], ["trust_remote_code", "cannot load"]),
         (None, ["unknown: the manifest does not name its architecture"], ["posttrain.load", "cannot load"]),
     ],
