@@ -134,7 +134,7 @@ class Haystack:
                 return ids[:tokens], [*(place for place in dict.fromkeys(borders) if place < tokens), tokens]
         fail(
             f"the data has {len(ids)} tokens of text; {tokens} are needed beside the question",
-            where="needle.lengths of an evaluate stage",
+            where="needle.lengths",
             fix="inputs.data: a data set with more text (the needle takes all its rows), or shorter needle.lengths",
         )
 
@@ -179,15 +179,15 @@ def _prompt(
     if (longest := max(map(len, keys))) > room:
         fail(
             f"a key is up to {longest} tokens long, an answer at most {room}",
-            where="needle.max_new_tokens of an evaluate stage",
+            where="needle.max_new_tokens",
             fix=f"needle.max_new_tokens={longest + 8}, or another needle.key",
         )
     tokens = length - room - len(head) - len(tail) - len(line)
     if tokens < 1:
         fail(
             f"a length of {length} tokens has no text: question and answer take {length - tokens}",
-            where="needle.lengths of an evaluate stage",
-            fix=f"needle.lengths of {2 * (length - tokens)} tokens or more",
+            where="needle.lengths",
+            fix=f"needle.lengths=[{2 * (length - tokens)}], or longer ones",
         )
     text, borders = haystack.cut(first, tokens)
     at = min(borders, key=lambda place: abs(place - depth * tokens))
@@ -213,7 +213,7 @@ def frame(needle: Needle, tokenizer: Any) -> tuple[str, str, bool]:
     if not mark or _MARK in after:
         fail(
             "the chat template does not give a user's text as it is",
-            where="needle of an evaluate stage",
+            where="needle",
             fix="needle=null, or a model with another chat template",
         )
     return before, after + needle.answer, special

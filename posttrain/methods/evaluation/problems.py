@@ -52,7 +52,7 @@ def find_problems(
         fail(
             f"no problem to answer: {left_out['without']} rows have no {fields}, and {left_out['too_long']} leave no "
             f"room for {cfg.max_new_tokens} new tokens",
-            where="problems of an evaluate stage",
+            where="problems",
             fix="choose data with right answers (data=reasoning_gym_rl), another problems.reward, or lower "
             "problems.max_new_tokens",
         )

@@ -156,8 +156,9 @@ def test_what_does_not_fit_is_refused_when_it_runs(folders, tmp_path: Path) -> N
         ({"lengths": [100]}, r"a length of 100 tokens has no text: question and answer take \d+"),
         ({"max_new_tokens": 7}, "a key is up to 8 tokens long, an answer at most 7"),
     ):
-        with pytest.raises(StageError, match=says):
+        with pytest.raises(StageError, match=says) as refused:
             run(tmp_path / says[:9], config(needle={**SMALL, **changes}), **inputs)
+        assert refused.value.problems[0].where.endswith(f"needle.{next(iter(changes))}")
     little = save_texts(tmp_path / "little", ["One sentence. Another.", "A third one."])
     with pytest.raises(StageError, match=r"the data has 36 tokens of text; \d+ are needed beside the question"):
         run(tmp_path / "w", config(needle=SMALL), model=folders["model"], data=little)
