@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html as markup
 import re
-from html import escape
 
-from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Notice, Sample, Table, Text
+from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Notice, Sample, Table, Text, visible
 from posttrain.report.graph import svg
 
 DIGEST = "posttrain-digest"
@@ -46,6 +46,11 @@ svg{max-width:none}svg text{fill:var(--ink);font:600 14px system-ui,-apple-syste
 svg .soft{fill:var(--soft);font-weight:400;font-size:12px}svg path{fill:none;stroke-width:2}svg circle{stroke-width:2.5}
 svg .failed text,svg .stopped text{fill:var(--warn-ink)}
 """
+
+
+def escape(text: str) -> str:
+    """Keep generated text from turning into markup."""
+    return markup.escape(visible(text))
 
 
 def render(title: str, blocks: list[Block], digest: str) -> str:

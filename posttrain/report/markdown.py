@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Notice, Sample, Table, Text
+from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Notice, Sample, Table, Text, visible
 
 FILES = "report_files"
 
@@ -49,6 +49,7 @@ def _cell(text: str) -> str:
 
 def _escape(text: str) -> str:
     """Keep generated text from turning into markup."""
+    text = visible(text)
     for character in "\\`*<[":
         text = text.replace(character, "\\" + character if character != "<" else "&lt;")
     return text

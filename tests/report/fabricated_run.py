@@ -239,7 +239,7 @@ def complete_run(outputs: Path, *, source: dict[str, Any] | None = None, **more:
     run.stage("model", "model_source", {}, artifact=model)
     run.stage("data", "data_source", {}, artifact={"outputs": dataset_outputs()})
     run.stage("upcycle", "mla_upcycle", {"model": "model"}, artifact=conversion_artifact())
-    _evaluation(run, "evaluate_converted", "upcycle.model", CONVERTED, "Maybe <b>no</b>.")
+    _evaluation(run, "evaluate_converted", "upcycle.model", CONVERTED, "Maybe <b>no</b>.\x00\x1b[2J")
     run.stage(
         "distill",
         "distill",

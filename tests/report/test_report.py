@@ -140,6 +140,13 @@ def test_what_a_model_said_cannot_become_markup(complete: Path) -> None:
     assert "Yes \\| it is." in (complete / "report.md").read_text(encoding="utf-8")
 
 
+def test_control_characters_that_a_model_gave_are_shown_as_signs(complete: Path) -> None:
+    """With a NUL in it report.md was a binary file to grep, and report.html no valid HTML."""
+    for name in ("report.html", "report.md"):
+        text = (complete / name).read_text(encoding="utf-8")
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text) and ".\u2400\u241b" in text, name
+
+
 def test_the_report_says_how_to_repeat_the_run_and_what_it_does_not_show(complete: Path) -> None:
     text = page_of(complete).text
     assert "posttrain run x_ecomla scale=demo stages.distill.lr=1e-4" in text
