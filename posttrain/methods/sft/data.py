@@ -138,13 +138,17 @@ def _positions(lengths: list[int], width: int) -> Tensor:
 
 def _nothing(folder: Path, found: Sequences, sequence_length: int) -> StageError:
     reasons = "; ".join(f"{count} rows: {reason}" for reason, count in found.unusable.most_common(3))
-    fix = "give a dataset with rows"
-    if found.unusable:
-        fix = "another dataset or loss_on (all: plain text; completion: prompts; assistant: conversations)"
-        if any("sequence_length" in reason for reason in found.unusable):
-            fix = f"a larger sequence_length than {sequence_length}, or shorter rows"
-        if any("no chat template" in reason for reason in found.unusable):
-            fix = "add a chat_template to the model's tokenizer, or use rows of `text` with loss_on=all"
-        elif any("chat template" in reason for reason in found.unusable):
-            fix = "conversations that the model's chat template takes, or mend the template (chat_template.jinja)"
+    commonest = found.unusable.most_common(1)
+    fix = _remedy(commonest[0][0], sequence_length) if commonest else "give a dataset with rows"
     return StageError(f"nothing to train on: {reasons or 'the dataset has no rows'}", where=str(folder), fix=fix)
+
+
+def _remedy(reason: str, sequence_length: int) -> str:
+    """What makes rows usable that were left out for that reason."""
+    if "sequence_length" in reason:
+        return f"a larger sequence_length than {sequence_length}, or shorter rows"
+    if "no chat template" in reason:
+        return "add a chat_template to the model's tokenizer, or use rows of `text` with loss_on=all"
+    if "chat template" in reason:
+        return "conversations that the model's chat template takes, or mend the template (chat_template.jinja)"
+    return "another dataset or loss_on (all: plain text; completion: prompts; assistant: conversations)"

@@ -184,6 +184,12 @@ def test_long_texts_go_on_in_further_sequences(tmp_path):
         ([{"body": "x"}], "all", "1 rows: a row needs `messages`", "another dataset"),
         ([{"text": "x"}] * 2, "assistant", "2 rows: plain text has no assistant", "all: plain text"),
         ([{"messages": chat("q", "a")[:1]}], "assistant", "no assistant turn", "loss_on"),
+        (
+            [{"text": "x"}] * 2 + [{"messages": chat("q " * 200, "a")}],
+            "assistant",
+            "1 rows: nothing",
+            "all: plain text",
+        ),
     ],
 )
 def test_nothing_to_train_on(tmp_path, rows, loss_on, message, fix):
