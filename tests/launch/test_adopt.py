@@ -94,12 +94,22 @@ def test_what_an_artifact_may_not_be(spoil, what: str):
 
 def test_a_model_of_another_shape_is_told_of_the_stage_not_of_an_option(tmp_path: Path):
     """There may be no YAML with an `architecture:` behind the stage that it is adopted for."""
-    make_source("llama").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    made = tmp_path / "made"
+    make_source("llama").save_pretrained(made)
+    tiny_tokenizer().save_pretrained(made)
     with pytest.raises(RecipeError, match="not the model that was planned: ") as refused:
-        adopt(make_plan(load_recipe("x_ecomla", ["scale=smoke"])), "model", tmp_path)
+        adopt(make_plan(load_recipe("x_ecomla", ["scale=smoke"])), "model", made)
     fix = "adopt a model of the planned shape, or give stage model the settings that this one was made with"
     assert refused.value.problems[0].fix == fix
+
+
+def test_a_folder_that_holds_the_outputs_is_refused(tmp_path: Path):
+    """`posttrain adopt RECIPE STAGE .` copied the store into itself until the disk or the path was full."""
+    run(selection={"until": "data"})
+    (Path.cwd() / "history.jsonl").write_text("{}\n")
+    with pytest.raises(RecipeError, match="holds the outputs folder") as refused:
+        adopt(plan(), "train", Path("."))
+    assert "--outputs" in refused.value.problems[0].fix
 
 
 def test_inputs_must_be_there_and_names_right():
