@@ -47,7 +47,7 @@ def adopt(plan: Plan, name: str, folder: Path, *, force: bool = False) -> Artifa
         raise RecipeError(what, str(store.folder(type_, key)), "--force puts this one in its place")
     if plan.outputs.resolve().is_relative_to(folder.resolve()):
         what = f"{folder} holds the outputs folder {plan.outputs}, so it cannot be copied into it"
-        raise RecipeError(what, str(folder), "move the model to a folder of its own, or give another --outputs DIR")
+        raise RecipeError(what, str(folder), "move the model to a folder of its own, or give another paths.outputs=DIR")
     given, made_up = _outputs_in(planned, folder)
     before = files_before(store, type_, key)
     job = _job(plan, planned)

@@ -271,17 +271,12 @@ def _check_outputs(stage: Stage, outputs: Mapping[str, Path], work_dir: Path) ->
             raise StageError(f"output '{name}' was written to {outputs[name]}, not to the work folder's outputs/{name}")
 
 
-def measure(
-    stage: Stage,
-    job: Job,
-    name: str,
-    path: Path,
-    fix: str = "correct `architecture:` in the model's YAML, or the settings of the stage",
-) -> ArtifactMeta:
-    """Meta of a finished output, held against what was planned. Raises RecipeError or StageError.
+ANOTHER_MODEL = "correct `architecture:` in the model's YAML, or the settings of the stage"
+"""Advice where an output is not the model that was planned."""
 
-    `fix` is the advice where the output is another model than planned.
-    """
+
+def measure(stage: Stage, job: Job, name: str, path: Path, fix: str = ANOTHER_MODEL) -> ArtifactMeta:
+    """Meta of a finished output, held against what was planned. Raises RecipeError or StageError."""
     type_, predicted = stage.outputs[name], ArtifactMeta.from_json(job.predicted[name])
     if type_ == "model":
         from posttrain.models.inspect import check_model_folder, check_weight_files

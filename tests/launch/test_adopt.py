@@ -109,7 +109,7 @@ def test_a_folder_that_holds_the_outputs_is_refused(tmp_path: Path):
     (Path.cwd() / "history.jsonl").write_text("{}\n")
     with pytest.raises(RecipeError, match="holds the outputs folder") as refused:
         adopt(plan(), "train", Path("."))
-    assert "--outputs" in refused.value.problems[0].fix
+    assert "paths.outputs=DIR" in refused.value.problems[0].fix
 
 
 def test_inputs_must_be_there_and_names_right():

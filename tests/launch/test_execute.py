@@ -159,10 +159,11 @@ def test_results_must_be_numbers_at_any_depth():
 
 def test_a_model_unlike_the_planned_one_is_refused():
     planned = ArtifactMeta("model", architecture={"hidden_size": 64, "kv_lora_rank": 8, "rope": 1})
-    execute._check_prediction("upcycle", "model", planned, ArtifactMeta("model", architecture={"hidden_size": 64}))
+    fitting = ArtifactMeta("model", architecture={"hidden_size": 64})
+    execute._check_prediction("upcycle", "model", planned, fitting, "another plan")
     found = ArtifactMeta("model", architecture={"hidden_size": 64, "kv_lora_rank": 16, "rope": 2})
     with pytest.raises(StageError, match="kv_lora_rank 8 → 16"):
-        execute._check_prediction("upcycle", "model", planned, found)
+        execute._check_prediction("upcycle", "model", planned, found, "another plan")
 
 
 def test_a_crash_between_sealing_and_publishing_only_publishes(monkeypatch):
