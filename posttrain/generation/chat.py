@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import EXIT_DONE, EXIT_INTERRUPTED, PosttrainError, RecipeError
+from posttrain.pipeline.visible import visible
 
 # torch comes with these: it is imported in `main`, where a Ctrl-C during the seconds that it takes ends in one line.
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _open(folder: Path) -> Conversation:
 
 
 def _write(piece: str) -> None:
-    print(piece, end="", flush=True)
+    print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -4,16 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-
-
-def visible(text: str) -> str:
-    """Text with its control characters as signs of them (NUL as ␀).
-
-    Models give such characters; with them a report is no text file to other programs, and no valid HTML.
-    """
-    return text.translate(_PICTURES)
-
 
 @dataclass(frozen=True)
 class Heading:

@@ -6,7 +6,8 @@ import base64
 import html as markup
 import re
 
-from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Notice, Sample, Table, Text, visible
+from posttrain.pipeline.visible import visible
+from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Notice, Sample, Table, Text
 from posttrain.report.graph import svg
 
 DIGEST = "posttrain-digest"

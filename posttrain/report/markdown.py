@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Notice, Sample, Table, Text, visible
+from posttrain.pipeline.visible import visible
+from posttrain.report.blocks import Block, Bullets, Code, Figure, Graph, Heading, Notice, Sample, Table, Text
 
 FILES = "report_files"
 

@@ -205,6 +205,16 @@ def test_answers_end_at_every_end_of_sequence_token() -> None:
     assert stop_tokens(model, tokenizer) == (257,)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_no_commands_from_a_model(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes into a file or another program is left as it is."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    chat._write("a\x1b[2J\x9b2J\n\tb")
+    assert capsys.readouterr().out == ("a␛[2J\ufffd2J\n\tb" if terminal else "a\x1b[2J\x9b2J\n\tb")
+
+
 def test_one_prompt_is_answered(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat.main([str(folder), "--prompt", "Hello", *OPTIONS]) == 0
     expected = Conversation(make_source(), tiny_tokenizer()).ask("Hello", GREEDY)
