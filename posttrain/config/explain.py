@@ -158,11 +158,12 @@ def in_section(problem: Problem, model: type[BaseModel], section: str) -> Proble
 
 
 def _qualified(text: str, model: type[BaseModel], section: str) -> str:
-    """Text in which every `setting=` of the model can be typed behind `posttrain run RECIPE`."""
+    """Text in which every `setting=` of the model, and `~inputs.NAME`, can be typed behind `posttrain run RECIPE`."""
     if not section:
         return text
     names = "|".join(map(re.escape, model.model_fields))
-    return re.sub(rf"(?<![\w.@/~-])(?=(?:{names})(?:\.\w+)*=)", f"{section}.", text)
+    text = re.sub(rf"(?<![\w.@/~-])(?=(?:{names})(?:\.\w+)*=)", f"{section}.", text)
+    return text.replace("~inputs.", f"~{section}.inputs.")
 
 
 def problems_of(

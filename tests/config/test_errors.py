@@ -225,6 +225,10 @@ def test_settings_in_a_stages_advice_can_be_typed(fix: str, shown: str) -> None:
     problem = in_section(Problem("wrong", "inputs.model", fix), MlaUpcycleConfig, "stages.a")
     assert problem.fix.startswith(shown) and problem.where == "stages.a.inputs.model"
     assert in_section(Problem("wrong", "some place"), MlaUpcycleConfig, "stages.a").where == "some place"
+    deleted = in_section(
+        Problem("wrong", fix="kv_ratio=0.5, or `~inputs.calibration`, not ~stages.b"), MlaUpcycleConfig, "stages.a"
+    )
+    assert deleted.fix == "stages.a.kv_ratio=0.5, or `~stages.a.inputs.calibration`, not ~stages.b"
 
 
 def test_a_refused_target_is_told_once() -> None:

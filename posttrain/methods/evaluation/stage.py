@@ -198,7 +198,7 @@ def _data_problems(data: ArtifactMeta) -> list[Problem]:
 
 def _baseline_problems(model: ArtifactMeta, baseline: ArtifactMeta) -> list[Problem]:
     where = "inputs.baseline"
-    fix = "give the model that this one was made from, or no baseline: `~stages.NAME.inputs.baseline`"
+    fix = "give the model that this one was made from, or no baseline: `~inputs.baseline`"
     if model.tokenizer and baseline.tokenizer and model.tokenizer != baseline.tokenizer:
         digests = f"{model.tokenizer[:12]} and {baseline.tokenizer[:12]}"
         return [Problem(f"the model and its baseline have different tokenizers ({digests})", where, fix)]

@@ -53,7 +53,7 @@ class Assemble(Stage):
                 f"the layers that stay attention come from inputs.selection or from keep, and {given}",
                 where="keep",
                 fix="write inputs.selection=STAGE.selection of a layer_select stage and keep=null, or keep=[0,5,10] "
-                "without inputs.selection ('~stages.NAME.inputs.selection')",
+                "without inputs.selection ('~inputs.selection')",
             )
         check_tokenizers({name: inputs[name].tokenizer for name in DONORS}, _where(cfg))
         _target(cfg, inputs)
