@@ -32,6 +32,11 @@ def reward_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def is_lone_prompt(row: Mapping[str, Any], document_field: str | None = None) -> bool:
+    """Whether a row has a `prompt` and nothing that could be an answer to it."""
+    return "prompt" in row and set(row) <= {"prompt", "id", document_field}
+
+
 def question_turns(row: Mapping[str, Any], document_field: str | None = None) -> Turns | None:
     """The turns that ask, in `question` or `prompt`, of a row that says how answers are scored; else None.
 
@@ -39,7 +44,7 @@ def question_turns(row: Mapping[str, Any], document_field: str | None = None) ->
     those may be a completion under another name.
     """
     asked = row.get("question", row.get("prompt"))
-    if not asked or not reward_fields(row) and not set(row) <= {"prompt", "id", document_field}:
+    if not asked or not reward_fields(row) and not is_lone_prompt(row, document_field):
         return None
     return [{"role": "user", "content": asked}] if isinstance(asked, str) else normal_messages(asked)
 

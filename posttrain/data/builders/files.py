@@ -12,13 +12,14 @@ from typing import Any
 from posttrain.data.chat import normal_messages, plain_text, unreadable_turn
 from posttrain.data.documents import Document, too_few
 from posttrain.data.pairs import UNFINISHED, UnusableAnswers, answered_text, answers_kind, normal_answers, prompt_text
-from posttrain.data.problems import ANSWER, TEST_CODE, TESTS, question_turns, reward_fields
+from posttrain.data.problems import ANSWER, TEST_CODE, TESTS, is_lone_prompt, question_turns, reward_fields
 from posttrain.data.tasks import TASK
 from posttrain.errors import RecipeError
 
 SUFFIXES = (".jsonl", ".txt", ".md")
 PIECE_CHARACTERS = 4000
 """A lone text file is cut at blank lines into pieces of about this size."""
+_ANSWERS = 'rows {"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "completion": ...}'
 PIECES = "2"
 """Changed when a lone text file would be cut or held out otherwise; part of the key."""
 
@@ -91,6 +92,7 @@ def cut_text(document: Document, characters: int = PIECE_CHARACTERS) -> list[Doc
 
 def read_jsonl(file: Path, name: str, text_field: str, document_field: str | None) -> Iterator[Document]:
     """The documents of a .jsonl file, one a line; blank lines and empty texts are left out."""
+    answered, lone = False, None
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             where = f"{file}:{number}"
@@ -104,6 +106,11 @@ def read_jsonl(file: Path, name: str, text_field: str, document_field: str | Non
                 raise RecipeError(f"not JSON: {error.msg} (column {error.colno})", where=where, fix=fix) from error
             if row is not None:
                 document = row_document(row, f"{name}:{number}", text_field, document_field, where)
+                answered |= document.kind in ("preference", "prompt")
+                lone = lone or (where if is_lone_prompt(row, document_field) else None)
+                if answered and lone:
+                    what = "the row has no answer, and others of the file have (its fields: prompt)"
+                    raise RecipeError(what, where=lone, fix=_ANSWERS)
                 if document.kind != "text":
                     document = replace(document, fields={**document.fields, **reward_fields(row)})
                 if document.text.strip():
@@ -169,8 +176,7 @@ def _answers_document(row: dict[str, Any], row_id: str, text: Any, group: str, w
     except UnusableAnswers as error:
         if isinstance(text, str):
             return Document(id=row_id, text=text, group=group)
-        fix = 'rows {"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "completion": ...}'
-        raise RecipeError(f"{error}", where=where, fix=fix) from error
+        raise RecipeError(f"{error}", where=where, fix=_ANSWERS) from error
     if isinstance(text, str) and text != plain:
         return Document(id=row_id, text=text, group=group)
     group = group or f"prompt={prompt_text(answers)}"
