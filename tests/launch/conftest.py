@@ -64,10 +64,13 @@ def job(slurm, monkeypatch):
         monkeypatch.setenv("SLURMD_NODENAME", "n7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
         slurm.set(own, "RUNNING")
-        if act is not None:
-            threading.Thread(target=act, daemon=True).start()
+        acting = threading.Thread(target=act, daemon=True) if act is not None else None
+        if acting is not None:
+            acting.start()
         with Interrupts() as interrupts:
             code = stage_job.main(made.run_dir.path, stage, interrupts, **options)
+        if acting is not None:
+            acting.join(30)
         slurm.set(own, {0: "COMPLETED", 75: "PENDING"}.get(code, "FAILED"))
         return code
 

@@ -1,4 +1,4 @@
-"""What SIGTERM does to a rank: the end, at once, whatever it is in; with a wish to stop, nothing."""
+"""How a rank ends: by SIGTERM, at once, whatever it is in (with a wish to stop, not at all), and by itself."""
 
 from __future__ import annotations
 
@@ -84,3 +84,20 @@ def test_a_process_that_a_rank_forks_ends_by_sigterm_as_any_other(start) -> None
     # Not `communicate`: the line may have come with the one before it, and wait in the buffer that it passes by.
     assert process.stdout is not None and process.stdout.read() == f"{int(signal.SIGTERM)}\n"
     assert process.wait(30) == 0
+
+
+def test_a_rank_that_is_done_ends_before_the_interpreter_is_taken_down() -> None:
+    """What waits there has aborted ranks that had stopped in good order."""
+    code = """
+import atexit, sys
+from posttrain.launch.rank import leave
+class Late:
+    def __del__(self):
+        print("too late", flush=True)
+sys.late = Late()
+atexit.register(print, "registered")
+print("last words")
+leave(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "last words\nregistered\n"), done.stderr

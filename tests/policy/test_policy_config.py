@@ -112,7 +112,8 @@ def test_settings_are_refused(config: Any, fields: dict[str, Any], said: str) ->
     [
         (
             {"risk": {"bundle_size": 3}},
-            "the 4 questions of a roll-out batch are no whole number of bundles of 3: generation_batch_size=12 has 3",
+            r"the 4 questions of a roll-out batch \(generation_batch_size=16 by num_generations=4\) are no whole "
+            "number of bundles of 3: generation_batch_size=12 has 3",
         ),
         ({"risk": {"bundle_size": 5}}, "generation_batch_size=20 has 5 questions"),
         ({"risk_reward": "short"}, "risk_reward=short is none of the rewards correct"),

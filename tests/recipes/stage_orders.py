@@ -83,7 +83,8 @@ def legal(seed: int) -> Pipeline:
     if draw.random() < 0.5:
         evaluated(line)
     for kind in draw.sample(TRAINING, draw.randint(1, 4)):
-        train(line, kind)
+        if line.model != line.teacher or kind not in ("distill", "ild"):  # nothing is its own teacher
+            train(line, kind)
     evaluated(line)
     if draw.random() < 0.5 or line.stock != "native":
         line.add("export", {"model": line.model}, to=line.stock)
@@ -198,7 +199,7 @@ def aligned_without_text(line: Pipeline) -> str:
 
 
 def a_history_for_a_model(line: Pipeline) -> str:
-    train(line, "distill")
+    train(line, "sft")
     name = line.model.partition(".")[0]
     line.add("sft", {"model": f"{name}.history", "data": "data.train"})
     return "history"
@@ -240,8 +241,16 @@ def stock_export_of_states(line: Pipeline) -> str:
     return r"nothing else(.|\n)*to=falcon_h1"
 
 
+def its_own_teacher(line: Pipeline) -> str:
+    to_latent(line)
+    kind = line.draw.choice(("distill", "ild"))
+    line.add(kind, {"student": line.model, "teacher": line.model, "data": "data.train"})
+    return "the teacher is the student itself"
+
+
 FAULTS: tuple[Callable[[Pipeline], str], ...] = (
     convert_twice,
+    its_own_teacher,
     states_of_latent,
     swapped_donors,
     select_among_states,

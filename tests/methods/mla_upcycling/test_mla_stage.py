@@ -87,10 +87,10 @@ def test_ranks_that_follow_from_spectra_are_no_broken_promise(tmp_path: Path, se
     predicted = STAGE.describe(ctx.config, {name: artifact.meta for name, artifact in ctx.inputs.items()})["model"]
     measured = STAGE.measure("model", folders["model"], predicted)
     assert measured.architecture["kv_lora_rank"] != predicted.architecture["kv_lora_rank"]
-    _check_prediction("upcycle", "model", predicted, measured)
+    _check_prediction("upcycle", "model", predicted, measured, "another plan")
     assert "open" not in measured.extra
     with pytest.raises(StageError, match="kv_lora_rank"):
-        _check_prediction("upcycle", "model", replace(predicted, extra={}), measured)
+        _check_prediction("upcycle", "model", replace(predicted, extra={}), measured, "another plan")
     fixed = STAGE.describe(config(), {name: artifact.meta for name, artifact in ctx.inputs.items()})["model"]
     assert "open" not in fixed.extra
 
