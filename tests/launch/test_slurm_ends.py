@@ -56,12 +56,12 @@ def test_a_job_without_steps_is_left_alone(slurm, said):
 
 
 def test_steps_that_do_not_end_are_given_up(slurm, said, monkeypatch):
-    monkeypatch.setattr(stage_job, "STEP_SECONDS", 1.0)
+    monkeypatch.setattr(stage_job, "STEP_SECONDS", 4.0)
     slurm.start_steps("102.0", endless=True)
     slurm.start_steps("102.1")
     began = time.monotonic()
     end_steps("102", said.append)
-    assert said == ["steps 102.0 do not end"] and time.monotonic() - began >= 1.0
+    assert said == ["steps 102.0 do not end"] and time.monotonic() - began >= 4.0
     assert len(slurm.named("scancel")) >= 2, "they are killed again and again until then"
 
 
