@@ -12,7 +12,8 @@ from posttrain.errors import Problem
 if TYPE_CHECKING:
     from posttrain.config.compose import Repository
 
-_UNMATCHED = re.compile(r"(?:In '[^']*': )?Could not override '([^']*)'\.")
+_UNMATCHED = re.compile(r"(?:In '[^']*': )?(?:Could not override '|Invalid Defaults List override '/?)([^':]*)")
+"""As Hydra 1.3 says it, or 1.4."""
 _DOUBLE = re.compile(r"Multiple values for ([^.\s]+)\.")
 _EARLY = re.compile(r"In [^:]*: Override '([^':]*?) : ([^']*)' is defined before")
 
