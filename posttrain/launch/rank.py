@@ -138,7 +138,8 @@ def leave(code: int) -> NoReturn:
     """End this process as `sys.exit` would, except that the interpreter is not taken down.
 
     A thread of some library that runs into that within C++ aborts the process ("terminate called without an active
-    exception"), and a rank that had done its work would count as failed. What was registered to run at the end does.
+    exception"), and a rank that had done its work would count as failed. What was registered to run at the end does;
+    threads are not waited for.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
