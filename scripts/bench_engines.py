@@ -7,17 +7,18 @@
     python scripts/bench_engines.py --out DIR --recipe grpo --stage rl --arms gpu:1 ddp:2 --gpus 2 --share 2 --set …
 
 An arm is ENGINE:RANKS. The first one is the reference of the others, and what comes before the stage is made with it.
-The others start from links to that, each in a folder of its own, and train the stage anew. An arm has as many of
-`--gpus` to itself as it has ranks, so that arms of one rank run side by side; with `--share N` each GPU carries N arms
-and no speed is told. Efficiency is steps a second (of the second half) over ranks times those of the same engine at one
-rank. Memory planned is `posttrain plan`'s, a rank. Each final model is loaded by plain transformers in a process that
-cannot import posttrain. `--kill STEP` does every arm of several ranks once more, kills its last rank after that step
-and resumes.
+The others start from links to that, each in a folder of its own, and train the stage anew. All are started at once and
+stand still (SIGSTOP) before they read their weights; then each has as many of `--gpus` to itself as it has ranks, until
+it has trained, in the order in which arms are named. With `--share N` each GPU carries N arms and no speed is told.
+Efficiency is steps a second (of the second half) over ranks times those of the same engine at one rank. Memory planned
+is `posttrain plan`'s, a rank. Each final model is loaded by plain transformers in a process that cannot import
+posttrain. `--kill STEP` does every arm of several ranks once more, kills its last rank after that step and resumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -43,6 +44,25 @@ AutoTokenizer.from_pretrained(folder)
 ids = torch.arange(3, 35)[None]
 assert torch.isfinite(model(ids).logits).all() and "posttrain" not in sys.modules
 """
+
+
+GATE = """
+import json, os, signal, sys
+passed = []
+
+def look(name, arguments):
+    if passed or name != "open" or "transformers" not in sys.modules or not str(arguments[0]).endswith("/config.json"):
+        return
+    passed.append(True)
+    with open(os.path.join(sys.orig_argv[sys.orig_argv.index({word!r}) + 1], "job.json")) as file:
+        if json.load(file)["stage"] == {stage!r}:
+            open(os.path.join({folder!r}, f"stands.{{os.getpid()}}"), "w").close()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+if {word!r} in sys.orig_argv:
+    sys.addaudithook(look)
+"""
+"""A rank stops itself when all is imported and nothing is on its GPU: before it opens a model's configuration."""
 
 
 @dataclass
@@ -88,8 +108,19 @@ class Bench:
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         self.out.mkdir(parents=True, exist_ok=True)
         self.free = {gpu: arguments.share for gpu in range(arguments.gpus)}
-        self.waiting = set(arguments.arms)
+        self.places = self.placed()
+        self.waiting = list(arguments.arms)
         self.changed = threading.Condition()
+        self.prepared = threading.Event()
+
+    def placed(self) -> dict[str, list[int]]:
+        """Each arm's GPUs: those that fewest arms of as many ranks have."""
+        places: dict[str, list[int]] = {}
+        for arm in self.arguments.arms:
+            ranks = ranks_of(arm)
+            held = [gpu for other, gpus in places.items() if ranks_of(other) == ranks for gpu in gpus]
+            places[arm] = sorted(sorted(self.free, key=lambda gpu: (held.count(gpu), gpu))[:ranks])
+        return places
 
     def words(self, engine: str, ranks: int, out: Path) -> list[str]:
         words = [self.arguments.recipe, *self.arguments.set, f"paths.outputs={out}", f"engine={engine}"]
@@ -102,33 +133,37 @@ class Bench:
         shown = {} if self.arguments.device == "cpu" else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
         return {**self.environment, **shown}
 
-    def start(self, out: Path, *words: str, gpus: list[int]) -> subprocess.Popen[bytes]:
+    def start(self, out: Path, *words: str, gpus: list[int], gate: Path | None = None) -> subprocess.Popen[bytes]:
         """A command of posttrain that writes what it says into the folder's `log.txt`."""
         out.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "posttrain", *words]
+        command, environment = [sys.executable, "-m", "posttrain", *words], self.seen(gpus)
+        if gate:  # what stood still must not be taken for hung by NCCL's monitor
+            paths = os.pathsep.join((str(gate), environment["PYTHONPATH"]))
+            environment |= {"PYTHONPATH": paths, "TORCH_NCCL_ENABLE_MONITORING": "0"}
         with (out / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, env=self.seen(gpus), stdout=log, stderr=subprocess.STDOUT)
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def check(self, process: subprocess.Popen[bytes], out: Path) -> None:
         if process.wait():
             said = (out / "log.txt").read_text(errors="replace")[-6000:]
             raise RuntimeError(f"{' '.join(map(str, process.args))}\nexit {process.returncode}\n{said}")
 
-    def take(self, ranks: int, arm: str | None = None) -> list[int]:
-        """The GPUs for an arm, once enough of them are free; first runs in the order in which arms were named."""
+    def take(self, gpus: list[int], arm: str | None = None) -> None:
+        """Wait until these GPUs are free, and until no arm that was named earlier waits for one of them."""
 
-        def may_start() -> bool:
-            mine = arm is None or arm == next(one for one in self.arguments.arms if one in self.waiting)
-            return mine and sum(left > 0 for left in self.free.values()) >= ranks
+        def may_go() -> bool:
+            before = self.waiting[: self.waiting.index(arm)] if arm in self.waiting else self.waiting
+            return all(self.free[gpu] > 0 for gpu in gpus) and not any(
+                set(gpus) & set(self.places[other]) for other in before
+            )
 
         with self.changed:
-            self.changed.wait_for(may_start)
-            self.waiting.discard(arm or "")
-            taken = sorted(self.free, key=lambda gpu: (-self.free[gpu], gpu))[:ranks]
-            for gpu in taken:
+            self.changed.wait_for(may_go)
+            if arm in self.waiting:
+                self.waiting.remove(arm)
+            for gpu in gpus:
                 self.free[gpu] -= 1
             self.changed.notify_all()
-        return sorted(taken)
 
     def give(self, gpus: list[int]) -> None:
         with self.changed:
@@ -136,22 +171,36 @@ class Bench:
                 self.free[gpu] += 1
             self.changed.notify_all()
 
+    def leave(self, arm: str) -> None:
+        """An arm that has ended before it had its GPUs: nobody waits for it."""
+        with self.changed:
+            if arm in self.waiting:
+                self.waiting.remove(arm)
+            self.changed.notify_all()
+
     def run(self, engine: str, ranks: int, out: Path, text: str) -> Arm:
-        """The stage under one engine. Its GPUs are free for others once it has trained."""
-        stage, words = self.arguments.stage, self.words(engine, ranks, out)
-        gpus = self.take(ranks, text)
-        held, events = True, out / "runs" / "arm" / "events.jsonl"
+        """The stage under one engine. It stands still until its GPUs are free; others have them once it has trained."""
+        stage, words, gpus = self.arguments.stage, self.words(engine, ranks, out), self.places[text]
+        events, gate, held = out / "runs" / "arm" / "events.jsonl", gate_of(engine, ranks, out, stage), False
+        options = ["--until", stage, "--force", stage, "--name", "arm", "--yes"]
+        process = self.start(out, "run", *words, *options, gpus=gpus, gate=gate)
         try:
-            options = ["--until", stage, "--force", stage, "--name", "arm", "--yes"]
-            process = self.start(out, "run", *words, *options, gpus=gpus)
             while process.poll() is None:
                 time.sleep(0.2)
+                if told(events, stage, "stage_started"):
+                    self.prepared.set()
+                if text in self.waiting and len(standing(gate)) == ranks:
+                    self.take(gpus, text)
+                    held = True
+                    go_on(gate)
                 if held and trained(events, stage):
                     self.give(gpus)
                     held = False
         finally:
             if held:
                 self.give(gpus)
+            self.leave(text)
+            go_on(gate)
         self.check(process, out)
         arm = Arm(engine, ranks, *self.artifact(out, "arm"), self.times(out))
         # Both look at the arm's own folder alone, and at no clock.
@@ -164,9 +213,7 @@ class Bench:
         return json.loads((folder / "manifest.json").read_text()), [json.loads(line) for line in lines]
 
     def times(self, out: Path) -> list[float]:
-        events = map(json.loads, (out / "runs" / "arm" / "events.jsonl").read_text().splitlines())
-        stage = self.arguments.stage
-        return [one["time"] for one in events if one["event"] == "metrics" and one["stage"] == stage]
+        return [one["time"] for one in told(out / "runs" / "arm" / "events.jsonl", self.arguments.stage, "metrics")]
 
     def planned(self, engine: str, ranks: int, out: Path) -> float:
         """GiB a rank; on the host the plan is of all ranks together."""
@@ -190,11 +237,12 @@ class Bench:
             print(done.stderr[-1500:], flush=True)
         return done.returncode == 0
 
-    def killed(self, engine: str, ranks: int, out: Path) -> list[dict[str, float]]:
+    def killed(self, engine: str, ranks: int, out: Path, gpus: list[int]) -> list[dict[str, float]]:
         """The history of a run of which the last rank is killed after a step and that is resumed then."""
         stage, words, step = self.arguments.stage, self.words(engine, ranks, out), self.arguments.kill
         words += [f"stages.{stage}.save_every={self.arguments.save_every}", "--until", stage, "--force", stage]
-        events, gpus = out / "runs" / "killed" / "events.jsonl", self.take(ranks)
+        events = out / "runs" / "killed" / "events.jsonl"
+        self.take(gpus)
         try:
             process = self.start(out, "run", *words, "--name", "killed", "--yes", gpus=gpus)
             while not (events.exists() and f'"step": {step},' in events.read_text()):
@@ -215,17 +263,46 @@ class Bench:
     def folder(self, arm: str) -> Path:
         return self.out / arm.replace(":", "-")
 
-    def measure(self, text: str, prepared: Path | None) -> Arm:
-        """One arm, and where asked for once more with a rank killed; from what `prepared` holds before the stage."""
-        engine, _, ranks = text.partition(":")
-        count, out, began = int(ranks or 1), self.folder(text), time.monotonic()
-        if prepared:
-            link(prepared, out)
-        arm = self.run(engine, count, out, text)
+    def measure(self, text: str) -> Arm:
+        """One arm, and where asked for once more with a rank killed; the first makes what comes before the stage."""
+        engine, first = text.partition(":")[0], self.arguments.arms[0]
+        count, out, began = ranks_of(text), self.folder(text), time.monotonic()
+        try:
+            if text != first:
+                self.prepared.wait()
+                link(self.folder(first), out)
+            arm = self.run(engine, count, out, text)
+        finally:
+            self.prepared.set()
+            self.leave(text)
         if self.arguments.kill and count > 1:
-            arm.resumed = self.killed(engine, count, out)
+            arm.resumed = self.killed(engine, count, out, self.places[text])
         print(f"{text}: {time.monotonic() - began:.0f} s", flush=True)
         return arm
+
+
+def ranks_of(arm: str) -> int:
+    return int(arm.partition(":")[2] or 1)
+
+
+def gate_of(engine: str, ranks: int, out: Path, stage: str) -> Path:
+    """A folder for PYTHONPATH that has the processes which train under this engine stand still in it."""
+    folder = out / "gate"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    word = "posttrain.launch.rank" if ranks > 1 or engine in ("zero2", "zero3", "fsdp2") else "worker"
+    (folder / "sitecustomize.py").write_text(GATE.format(folder=str(folder), word=word, stage=stage))
+    return folder
+
+
+def standing(gate: Path) -> list[int]:
+    return [int(file.suffix[1:]) for file in gate.glob("stands.*")]
+
+
+def go_on(gate: Path) -> None:
+    for pid in standing(gate):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def link(source: Path, target: Path) -> None:
@@ -234,13 +311,16 @@ def link(source: Path, target: Path) -> None:
     shutil.copytree(source / "store", target / "store", symlinks=True, copy_function=os.link)
 
 
+def told(events: Path, stage: str, event: str) -> list[dict[str, Any]]:
+    """What a run has told of a stage so far."""
+    lines = events.read_text().split("\n")[:-1] if events.exists() else []
+    return [one for one in map(json.loads, lines) if one["event"] == event and one["stage"] == stage]
+
+
 def trained(events: Path, stage: str) -> bool:
     """Whether a run's stage has told of its last step."""
-    if not events.exists():
-        return False
-    lines = events.read_text().split("\n")[:-1]
-    told = [one for one in map(json.loads, lines) if one["event"] == "progress" and one["stage"] == stage]
-    return bool(told) and told[-1]["unit"] == "step" and told[-1]["done"] >= told[-1]["total"]
+    progress = told(events, stage, "progress")[-1:]
+    return bool(progress) and progress[0]["unit"] == "step" and progress[0]["done"] >= progress[0]["total"]
 
 
 def rank_process(rank: int, out: Path) -> int:
@@ -308,18 +388,18 @@ def main() -> int:
     options = parser.parse_args()
     options.gpus = max(options.gpus, *(int(arm.partition(":")[2] or 1) for arm in options.arms))
     bench, arms, failed = Bench(options), {}, 0
-    first, *others = options.arms
-    arms[first] = bench.measure(first, None)
     with ThreadPoolExecutor(len(options.arms)) as pool:
-        tasks = {pool.submit(bench.measure, text, bench.folder(first)): text for text in others}
+        tasks = {pool.submit(bench.measure, text): text for text in options.arms}
         for task in as_completed(tasks):
             try:
                 arms[tasks[task]] = task.result()
             except (RuntimeError, OSError) as error:
                 print(f"{tasks[task]}: {error}", flush=True)
                 failed = 1
-            if options.csv:
+            if options.csv and options.arms[0] in arms:
                 write(options.csv, arms, options)
+    if options.arms[0] not in arms:
+        return 1
     for text in options.arms:
         if text in arms:
             print(json.dumps(asdict(row(text, arms[text], arms, options))), flush=True)
