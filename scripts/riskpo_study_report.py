@@ -20,6 +20,7 @@ PAIRS = (
     ("rb", "paper"),
     ("rb_stratified", "rb"),
     ("question", "rb"),
+    ("question", "grpo"),
 )
 RESAMPLES, WINDOW = 4000, 15
 KEPT = ("step", "reward", "entropy", "grad_norm", "questions/zero_variance", "completions/mean_length")
