@@ -199,9 +199,10 @@ def test_tiles_of_the_scan_are_timed_where_they_are_right(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     with (tmp_path / "tune_ssd_scan.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["pass"] for row in rows] == ["forward"] * 2 + ["states"] * 2 + ["backward"] * 2
+    assert [row["pass"] for row in rows] == [*["forward"] * 2, *["backward"] * 2, "run", *["states"] * 2]
     assert all(row["verdict"] == "right" and float(row["ms"]) > 0 for row in rows)
-    assert [row["default"] for row in rows] == ["True", "False"] * 3
+    assert [row["default"] for row in rows] == ["True", "False", "True", "False", "True", "True", "False"]
+    assert "fastest: forward" in done.stdout and "both" in done.stdout
 
 
 def test_no_implementation_finds_what_another_wrote(quick: Run) -> None:

@@ -66,10 +66,11 @@ def test_random_cases(seed, poison_empty):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("segment", [None, 128, 256])
-def test_rows_in_segments(segment, dtype, poison_empty):
+@pytest.mark.parametrize(("segment", "run"), [(None, None), (None, 256), (128, None), (256, 128)])
+def test_rows_in_segments_and_runs(segment, run, dtype, poison_empty):
     tensors = inputs((2, 2, 8), length=777, heads=8, head=64, state=64, dtype=dtype, decay=0.01)
-    plan = replace(choose_plan(8, 777, 64, 64, 2 if dtype == torch.bfloat16 else 4, 64), segment=segment)
+    chosen = choose_plan(8, 777, 64, 64, 2 if dtype == torch.bfloat16 else 4, 64)
+    plan = replace(chosen, segment=segment, run=run)
     compare(tensors, documents(1, 777, 256, 300), plan=plan)
 
 
@@ -105,22 +106,40 @@ def tile_inputs(width: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize(("width", "tile", "dtype"), tiles("forward"), ids=tile_name)
 def test_every_forward_tile_that_tuning_may_choose(width, tile, dtype, poison_empty):
-    """Compilers have miscompiled some tile sizes on this architecture: each is compared, in both its forms."""
-    from posttrain_kernels.ssd_scan.launch import Scan, chunk_states, scan_forward
+    """Compilers have miscompiled some tile sizes on this architecture: each is compared."""
+    from posttrain_kernels.ssd_scan.launch import Scan, scan_forward
 
     tensors, limit = on_gpu(tile_inputs(width, dtype)), TOLERANCE[dtype]
-    wide = [tensor.double() for tensor in tensors]
-    plan = Plan(tile, tile, Tile(tile.chunk, width[0], 8, 1))
+    plan = replace(choose_plan(8, 333, *width, dtype.itemsize, 64), forward=tile)
     scan = Scan.of(*tensors[:6], None, 64, plan)
-    y, last, first = runnable(lambda: scan_forward(scan, tensors[6]))
-    expected, end = chunked_scan(*wide, None)
+    y, last, _ = runnable(lambda: scan_forward(scan, tensors[6]))
+    expected, end = chunked_scan(*(tensor.double() for tensor in tensors), None)
     assert relative_error(y, expected) < limit and relative_error(last, end) < limit
-    before = runnable(lambda: chunk_states(scan, first))
-    for chunk in range(1, before.shape[2]):
-        part = slice(chunk * tile.chunk)
-        x, dt, a, b, c, d, state = wide
-        _, expected = chunked_scan(x[:, part], dt[:, part], a, b[:, part], c[:, part], d, state, None)
-        assert relative_error(before[:, :, chunk].transpose(-1, -2), expected) < limit, chunk
+
+
+@pytest.mark.parametrize(("width", "tile", "dtype"), tiles("states"), ids=tile_name)
+def test_every_tile_of_states_that_tuning_may_choose(width, tile, dtype, poison_empty):
+    """States before and gradients after every chunk, both ways in one launch."""
+    from posttrain_kernels.ssd_scan.launch import Scan, chunk_states, sum_decays
+
+    tensors, limit = on_gpu(tile_inputs(width, dtype)), TOLERANCE[dtype]
+    plan = Plan(tile, tile, Tile(tile.chunk, width[0], 8, 1), run=tile.chunk)
+    scan = Scan.of(*tensors[:6], None, 64, plan)
+    grad_y, grad_last = torch.randn_like(tensors[0][:, :, :1].expand(-1, -1, 4, -1)), torch.randn_like(tensors[6])
+    decays = sum_decays(scan, tile.chunk)
+    before, after, grad_first = runnable(lambda: chunk_states(scan, decays, tensors[6], grad_y, grad_last))
+    x, dt, a, b, c, d, state = (tensor.double() for tensor in tensors)
+    for chunk in range(before.shape[2]):
+        state = state.detach().requires_grad_()
+        assert relative_error(before[:, :, chunk], state) < limit, chunk
+        rest = slice(chunk * tile.chunk, None)
+        outputs = chunked_scan(x[:, rest], dt[:, rest], a, b[:, rest], c[:, rest], d, state, None)
+        (grad,) = torch.autograd.grad(outputs, state, (grad_y[:, rest].double(), grad_last.double()))
+        found = grad_first if chunk == 0 else after[:, :, chunk - 1]
+        assert relative_error(found, grad) < limit, chunk
+        part = slice(chunk * tile.chunk, (chunk + 1) * tile.chunk)
+        _, state = chunked_scan(x[:, part], dt[:, part], a, b[:, part], c[:, part], d, state, None)
+    assert relative_error(after[:, :, -1], grad_last) < limit
 
 
 @pytest.mark.parametrize(("width", "tile", "dtype"), tiles("backward"), ids=tile_name)
@@ -131,6 +150,7 @@ def test_every_backward_tile_that_tuning_may_choose(width, tile, dtype, poison_e
     first = runnable(lambda: compare(tensors, ids, plan=plan))
     second = compare(tensors, ids, plan=plan)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))  # a race would show
+    compare(tensors, ids, plan=replace(plan, run=128))
 
 
 @pytest.mark.parametrize("head", [64, 128])
@@ -144,10 +164,12 @@ def test_fp32_inputs_under_autocast_have_bf16_products_and_gradients_of_their_ty
     assert found[1].dtype == torch.float32
 
 
-def test_memory_of_a_step_is_inputs_gradients_and_chunk_states():
-    # Enough rows and heads for a program each: states between segments would be kept, too.
+def test_memory_of_a_step_is_inputs_gradients_states_and_decays():
+    # Enough rows and heads for a program each: states between segments and before runs would be there, too.
     tensors = on_gpu(inputs((32, 32, 32), rows=8, length=512, heads=32, head=64, state=64, dtype=torch.bfloat16))
-    chunk = choose_plan(8 * 32, 512, 64, 64, 2, 64).states.chunk
+    plan = choose_plan(8 * 32, 512, 64, 64, 2, 64)
+    chunk = plan.states.chunk
+    assert plan.segment is None and plan.run is None
     leaves = [tensor.requires_grad_() for tensor in tensors]
 
     def step():
@@ -163,8 +185,9 @@ def test_memory_of_a_step_is_inputs_gradients_and_chunk_states():
     assert held <= y.nbytes + last.nbytes + 2**20, "something of the forward pass is kept beside its outputs"
     del y, last
     step()
-    # y and its gradient, three gradients, all of x's size, chunk states, and small ones.
-    most = (5.5 + 64 / chunk) * leaves[0].nbytes + 4 * leaves[6].nbytes
+    # y and its gradient, three gradients, all of x's size; states, as large as 64 tokens, of every chunk; decays, 16
+    # bytes for a token's and head's 128; and small ones.
+    most = (5.25 + 64 / chunk + 16 / 128) * leaves[0].nbytes + 4 * leaves[6].nbytes
     assert torch.cuda.max_memory_allocated() - before < most
 
 

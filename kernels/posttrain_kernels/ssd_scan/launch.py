@@ -11,12 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inference import unit_stride
-from .grad_kernels import chunk_grad_kernel, segment_grad_kernel
-from .scan_kernels import chunk_scan_kernel, pass_states_kernel, step_kernel
-from .tiles import Plan, Tile, choose_plan
+from .grad_kernels import chunk_grad_kernel
+from .scan_kernels import chunk_scan_kernel, step_kernel
+from .state_kernels import chain_states_kernel, pass_states_kernel, sum_decays_kernel
+from .tiles import Plan, choose_plan
 
 PASS_BLOCK = 512
 """State elements of a program that joins segments."""
+DECAY_HEADS = 16
+"""Heads of a program that sums decays: neighbours in dt, of which whole sectors are read."""
 STEP_ELEMENTS = 1024
 """State elements of a program of one step: 16 loads of 16 bytes a warp and lane in flight, and many programs."""
 
@@ -69,41 +72,47 @@ class Scan:
         """B, T, H, P, N."""
         return *self.dt.shape, self.x.shape[-1], self.b.shape[-1]
 
-    @cached_property
-    def segment(self) -> int:
-        """Tokens of a segment, a multiple of the chunks."""
-        longest = max(tile.chunk for tile in (self.plan.forward, self.plan.states, self.plan.backward))
-        return self.plan.segment or -(-self.sizes[1] // longest) * longest
-
-    @cached_property
+    @property
     def segments(self) -> int:
         """Parts of a row that run side by side."""
-        return -(-self.sizes[1] // self.segment)
+        tokens = self.sizes[1]
+        return triton.cdiv(tokens, self.plan.segment or tokens)
+
+    @property
+    def run(self) -> int:
+        """Tokens that one program of `backward` walks through, a multiple of its chunks."""
+        chunk = self.plan.backward.chunk
+        return self.plan.run or self.plan.segment or triton.cdiv(self.sizes[1], chunk) * chunk
+
+    @property
+    def runs(self) -> int:
+        """Runs of a row."""
+        return triton.cdiv(self.sizes[1], self.run)
+
+    def lengths(self, chunk: int) -> tuple[int, int, int]:
+        """Chunks of a row, chunks of a segment, and segments."""
+        chunks = triton.cdiv(self.sizes[1], chunk)
+        return chunks, self.plan.segment // chunk if self.plan.segment else chunks, self.segments
 
     @property
     def options(self) -> dict[str, object]:
-        """What every kernel is compiled for."""
+        """What the kernels of chunks are compiled for."""
         _, _, heads, head, state = self.sizes
         element = tl.bfloat16 if self.operands == torch.bfloat16 else tl.float32
         precision = "tf32" if self.x.dtype == self.b.dtype == self.c.dtype == torch.float16 else "tf32x3"
-        options = dict(H=heads, P=head, N=state, C_SHARE=heads // self.c.shape[2])
+        shares = (heads // tensor.shape[2] for tensor in (self.x, self.b, self.c))
+        options = dict(zip(("X_SHARE", "B_SHARE", "C_SHARE"), shares, strict=True), H=heads, P=head, N=state)
         return options | dict(PACKED=self.documents is not None, TYPE=element, PRECISION=precision)
 
     @property
-    def shares(self) -> dict[str, int]:
-        """Heads that share one of x and of b."""
-        return {"X_SHARE": self.sizes[2] // self.x.shape[2], "B_SHARE": self.sizes[2] // self.b.shape[2]}
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """x, dt, a, b, c, d, documents; a tensor that is not there is not read, and any pointer does."""
-        d, documents = (self.a if tensor is None else tensor for tensor in (self.d, self.documents))
-        return self.x, self.dt, self.a, self.b, self.c, d, documents
-
-    @property
     def strides(self) -> tuple[int, ...]:
-        """Rows, tokens and heads of x, dt, b and c."""
-        return tuple(stride for tensor in (self.x, self.dt, self.b, self.c) for stride in tensor.stride()[:3])
+        """From row to row and from head to head of x, b and c."""
+        return tuple(stride for tensor in (self.x, self.b, self.c) for stride in tensor.stride()[:3:2])
+
+    @property
+    def token_strides(self) -> tuple[int, ...]:
+        """From token to token; kernels are compiled for them, so that a tile's rows have one address."""
+        return self.x.stride(1), self.b.stride(1), self.c.stride(1)
 
     def states(self, *lead: int) -> Tensor:
         """An fp32 buffer of states [B, H, lead, P, N]."""
@@ -117,54 +126,86 @@ def scan_forward(scan: Scan, initial_state: Tensor | None) -> tuple[Tensor, Tens
     The third is the initial state where a row is one segment.
     """
     rows, tokens, heads, head, _ = scan.sizes
+    tile = scan.plan.forward
     y = torch.empty(rows, tokens, heads, head, dtype=scan.x.dtype, device=scan.x.device)
     last, first = scan.states(), None if initial_state is None else initial_state.contiguous()
+    decays = sum_decays(scan, tile.chunk)
     if scan.segments > 1:
-        local, decay = scan.states(scan.segments), y.new_empty(rows, heads, scan.segments, dtype=torch.float32)
-        _launch_scan(scan, scan.plan.states, end=local, decay=decay)
-        first = _pass_states(scan, local, decay, first, reverse=False)
-    _launch_scan(scan, scan.plan.forward, first=first, y=y, end=last)
+        first = _join_segments(scan, tile.chunk, decays, None, first)
+    chunk_scan_kernel[(rows * heads * (head // tile.width), scan.segments)](
+        scan.x, scan.b, scan.c, scan.a if scan.d is None else scan.d, *decays, last if first is None else first,
+        y, last, *scan.strides, tokens, *scan.lengths(tile.chunk), *scan.token_strides,
+        L=tile.chunk, BLOCK_P=tile.width, FIRST=first is not None, HAS_D=scan.d is not None,
+        **scan.options, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return y, last, first
 
 
 def scan_backward(
     scan: Scan, first: Tensor | None, grad_y: Tensor, grad_last: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, a, b, c, d and the initial state, fp32 for a, d and the state, from those of y and the last.
 
-    `first` as `scan_forward` returned it. The state before each chunk is computed anew, and its memory, of the size of
-    x with all heads, is free after this: kept from the forward pass it would be there for every layer at once.
+    `first` as `scan_forward` returned it. The states between chunks are computed anew, and their memory is free after
+    this: kept from the forward pass it would be there for every layer at once.
     """
     rows, tokens, heads, _, _ = scan.sizes
+    tile, device = scan.plan.backward, scan.x.device
     grad_y = unit_stride(grad_y)
     grad_last = None if grad_last is None else grad_last.contiguous()
-    tile, device = scan.plan.backward, scan.x.device
-    before = chunk_states(scan, first)
+    decays = sum_decays(scan, tile.chunk)
     if scan.segments > 1:
-        grad_last = _segment_gradients(scan, grad_y, grad_last)
+        grad_last = _join_segments(scan, tile.chunk, decays, grad_y, grad_last)
+    first, after, grad_first = chunk_states(scan, decays, first, grad_y, grad_last)
     grad_x, grad_b, grad_c = (_gradient(scan, tensor) for tensor in (scan.x, scan.b, scan.c))
     grad_dt = torch.empty(rows, tokens, heads, dtype=scan.dt.dtype, device=device)
-    grad_first = scan.states()
-    grad_a, grad_d = (torch.empty(rows, heads, scan.segments, dtype=torch.float32, device=device) for _ in range(2))
-    chunk_grad_kernel[(rows * heads, scan.segments)](
-        *scan.tensors, before, grad_y, before if grad_last is None else grad_last,
-        grad_x, grad_dt, grad_b, grad_c, grad_first, grad_a, grad_d,
-        *scan.strides, *grad_y.stride()[:3], tokens, scan.segment, scan.segments,
-        L=tile.chunk, LAST=grad_last is not None, FIRST=True, HAS_D=scan.d is not None,
-        **scan.options, **scan.shares, num_warps=tile.warps, num_stages=tile.stages,
+    parts = scan.runs
+    grad_a, grad_d = (torch.empty(rows, heads, parts, dtype=torch.float32, device=device) for _ in range(2))
+    chunk_grad_kernel[(rows * heads, parts)](
+        scan.x, scan.b, scan.c, grad_y, scan.a, scan.a if scan.d is None else scan.d, *decays,
+        grad_first if first is None else first, after, grad_x, grad_dt, grad_b, grad_c, grad_a, grad_d,
+        *scan.strides, *grad_y.stride()[:3:2], tokens, *scan.lengths(tile.chunk)[:1], scan.run // tile.chunk, parts,
+        *scan.token_strides, grad_y.stride(1), L=tile.chunk, FIRST=first is not None, HAS_D=scan.d is not None,
+        **scan.options, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     shared = (_sum_heads(grad, like) for grad, like in ((grad_x, scan.x), (grad_b, scan.b), (grad_c, scan.c)))
     grad_x, grad_b, grad_c = shared
-    return grad_x, grad_dt, grad_a.sum((0, 2)), grad_b, grad_c, grad_d.sum((0, 2)), grad_first
+    of_d = None if scan.d is None else grad_d.sum((0, 2))
+    return grad_x, grad_dt, grad_a.sum((0, 2)), grad_b, grad_c, of_d, grad_first
 
 
-def chunk_states(scan: Scan, first: Tensor | None) -> Tensor:
-    """The state before each chunk of `plan.states`, [B, H, chunks, N, P] in the type of products."""
-    rows, tokens, heads, head, state = scan.sizes
-    chunks = triton.cdiv(tokens, scan.plan.states.chunk)
-    before = torch.empty(rows, heads, chunks, state, head, dtype=scan.operands, device=scan.x.device)
-    _launch_scan(scan, scan.plan.states, first=first, states=before)
-    return before
+def sum_decays(scan: Scan, chunk: int) -> tuple[Tensor, ...]:
+    """dt, high, low, leave, whole and resets of every chunk, as `sum_decays_kernel` describes them."""
+    rows, tokens, heads, _, _ = scan.sizes
+    chunks = triton.cdiv(tokens, chunk)
+    each = torch.empty(4, rows, heads, chunks * chunk, dtype=torch.float32, device=scan.x.device)
+    whole = each.new_empty(rows, heads, chunks)
+    # Where nothing is packed no resets are read, and any pointer does.
+    resets = whole if scan.documents is None else each.new_empty(rows, chunks * chunk, dtype=torch.int32)
+    block = min(DECAY_HEADS, triton.next_power_of_2(heads))
+    decays = (*each.unbind(0), whole, resets)
+    sum_decays_kernel[(rows * chunks, triton.cdiv(heads, block))](
+        scan.dt, scan.a, scan.a if scan.documents is None else scan.documents, *decays,
+        *scan.dt.stride(), tokens, chunks,
+        H=heads, L=chunk, BLOCK_H=block, PACKED=scan.documents is not None, num_warps=4,
+    )  # fmt: skip
+    return decays
+
+
+def chunk_states(
+    scan: Scan, decays: tuple[Tensor, ...], first: Tensor | None, grad_y: Tensor, grad_last: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """States before runs, fp32, gradients after each chunk in the type of products, and those of states before rows.
+
+    [B, H, runs, P, N] (`first`, where runs are segments), [B, H, chunks, P, N], [B, H, P, N].
+    """
+    rows, _, heads, head, state = scan.sizes
+    chunk = scan.plan.backward.chunk
+    chunks, length, segments = scan.lengths(chunk)
+    after = torch.empty(rows, heads, chunks, head, state, dtype=scan.operands, device=scan.x.device)
+    before, grad_first = None if scan.runs == segments else scan.states(scan.runs), scan.states()
+    _launch_chain(scan, chunk, decays, grad_y, first, grad_last, before, after, grad_first)
+    return first if before is None else before, after, grad_first
 
 
 def step_in_place(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None) -> Tensor:
@@ -185,52 +226,51 @@ def step_in_place(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state:
     return y
 
 
-def _launch_scan(
+def _launch_chain(
     scan: Scan,
-    tile: Tile,
-    *,
-    first: Tensor | None = None,
-    y: Tensor | None = None,
-    states: Tensor | None = None,
-    end: Tensor | None = None,
+    chunk: int,
+    decays: tuple[Tensor, ...],
+    grad_y: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
+    before: Tensor | None,
+    after: Tensor | None,
+    end: Tensor,
     decay: Tensor | None = None,
 ) -> None:
-    """`chunk_scan_kernel` for the buffers that are given; `end` is of single segments where `decay` is given."""
+    """`chain_states_kernel`: states into `before` and gradients into `after`, those of the two that are given.
+
+    With `decay` segments by themselves, into `end`: of gradients where `grad_y` is given, else of states.
+    """
     rows, tokens, heads, head, _ = scan.sizes
-    absent = scan.a
-    given = (absent if tensor is None else tensor for tensor in (first, y, states, end, decay))
-    chunk_scan_kernel[(rows * heads * (head // tile.width), scan.segments)](
-        *scan.tensors, *given, *scan.strides, tokens, scan.segment, scan.segments,
-        L=tile.chunk, BLOCK_P=tile.width, OUTPUT=y is not None, STATES=states is not None, FIRST=first is not None,
-        END=end is not None and decay is None, LOCAL=decay is not None, HAS_D=scan.d is not None,
-        **scan.options, **scan.shares, num_warps=tile.warps, num_stages=tile.stages,
+    tile, local = scan.plan.states, decay is not None
+    forward, backward = (grad_y is None if local else before is not None), grad_y is not None
+    # What is not there is not read, and any tensor does.
+    some_y = scan.x if grad_y is None else grad_y
+    states = (end if tensor is None else tensor for tensor in (first, last, before, after, end, decay))
+    chain_states_kernel[(rows * heads * (head // tile.width), scan.segments, forward + backward)](
+        scan.x, scan.b, scan.c, some_y, *decays, *states, *scan.strides, *some_y.stride()[:3:2],
+        tokens, *scan.lengths(chunk), scan.run // chunk, *scan.token_strides, some_y.stride(1),
+        L=chunk, BLOCK_P=tile.width, FORWARD=forward, BACKWARD=backward,
+        FIRST=first is not None, LAST=last is not None, LOCAL=local,
+        **scan.options, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _pass_states(scan: Scan, local: Tensor, decay: Tensor, given: Tensor | None, *, reverse: bool) -> Tensor:
-    """States before the segments (or, reverse, gradients after them) from what each segment gives by itself."""
+def _join_segments(
+    scan: Scan, chunk: int, decays: tuple[Tensor, ...], grad_y: Tensor | None, given: Tensor | None
+) -> Tensor:
+    """States before the segments (gradients after them, where `grad_y` is given) [B, H, segments, P, N]."""
     rows, _, heads, head, state = scan.sizes
-    out = torch.empty_like(local)
-    size = head * state
+    local = scan.states(scan.segments)
+    decay = local.new_empty(rows, heads, scan.segments)
+    _launch_chain(scan, chunk, decays, grad_y, None, None, None, None, local, decay)
+    out, size = torch.empty_like(local), head * state
     pass_states_kernel[(rows * heads, triton.cdiv(size, PASS_BLOCK))](
         local, decay, local if given is None else given, out, size, scan.segments,
-        REVERSE=reverse, GIVEN=given is not None, BLOCK=PASS_BLOCK, num_warps=4,
+        REVERSE=grad_y is not None, GIVEN=given is not None, BLOCK=PASS_BLOCK, num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _segment_gradients(scan: Scan, grad_y: Tensor, grad_last: Tensor | None) -> Tensor:
-    """Gradients [B, H, segments, P, N] of the states after the segments."""
-    rows, tokens, heads, head, _ = scan.sizes
-    tile = scan.plan.states
-    local, decay = scan.states(scan.segments), scan.a.new_empty(rows, heads, scan.segments, dtype=torch.float32)
-    _, dt, a, _, c, _, documents = scan.tensors
-    segment_grad_kernel[(rows * heads * (head // tile.width), scan.segments)](
-        dt, a, c, documents, grad_y, local, decay,
-        *dt.stride(), *c.stride()[:3], *grad_y.stride()[:3], tokens, scan.segment, scan.segments,
-        L=tile.chunk, BLOCK_P=tile.width, **scan.options, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return _pass_states(scan, local, decay, grad_last, reverse=True)
 
 
 def _gradient(scan: Scan, tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What the Triton kernels of the scan share: loads of a chunk, and its decays, right in fp32 whatever their sizes.
+"""What the Triton kernels of the scan share: loads and stores of a chunk, and its decays, right in fp32 at any size.
 
-Legend: L tokens of a chunk, t reads and u writes; H heads, P head width, N state width. States are [N, P] in registers,
-[P, N] in memory (chunk states, which only kernels read, [N, P]).
+Legend: L tokens of a chunk, t reads and u writes; H heads, P head width, N state width; a line is a row's head. States
+are [P, N] in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LENGTHS = ["T", "chunks", "length", "segments", "parts", "span"]
+"""Arguments that kernels are not compiled for: another length of rows is no reason to compile."""
 
 
 @triton.jit
@@ -34,62 +35,46 @@ def store_tile(p_base, start, stride, left, b_tile, L: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def state_offsets(index, P, first, N: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets [N, BLOCK_P] of state number `index` (64 bits) among states [P, N], columns P from `first` on."""
-    at_p = first + tl.arange(0, BLOCK_P)
-    return index * (P * N) + at_p[None, :] * N + tl.arange(0, N)[:, None]
+def load_decays(p_dt, p_high, p_low, p_leave, p_resets, start, L: tl.constexpr, PACKED: tl.constexpr):
+    """What `sum_decays_kernel` wrote of the chunk at token `start`: dt, high, low, resets, enter and leave, [L] each.
 
-
-@triton.jit
-def load_steps(p_dt, start, stride, left, L: tl.constexpr):
-    """Step sizes [L] in fp32; 0, a token that is not there, past the end."""
-    at = tl.arange(0, L)
-    return tl.load(p_dt + start * stride + at * stride, mask=at < left, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def decays(b_dt, a, p_doc, start, left, L: tl.constexpr, PACKED: tl.constexpr):
-    """The decays of a chunk, no exponent above 0.
-
-    Returns:
-        (high, low): [L] each, high + low = Σ_{i≤t} dt_i a log2 e. Summed in fp64 and split, since a decay between
-            neighbours is a short difference of long sums: (high_t − high_u) + (low_t − low_u) keeps it.
-        run: [L], resets so far in the chunk. A pair of tokens of different runs is not mixed.
-        enter: [L], from the state before the chunk to t; leave: [L], from u to the chunk's end; whole: the product.
+    `enter` is the decay from the state before the chunk to t. Loads of so few numbers are repeated in every layout that
+    wants them; what a program sums up itself would go through shared memory to each.
     """
-    b_step = (b_dt * a).to(tl.float64) * LOG2E
-    b_sum = tl.cumsum(b_step, axis=0)
-    total = tl.sum(b_step, axis=0)
-    high = b_sum.to(tl.float32)
-    low = (b_sum - high.to(tl.float64)).to(tl.float32)
+    at = start + tl.arange(0, L)
+    high = tl.load(p_high + at)
     enter = tl.exp2(high)
-    leave = tl.exp2((total - b_sum).to(tl.float32))
-    whole = tl.exp2(total.to(tl.float32))
-    run = tl.zeros([L], tl.int32)
+    resets = tl.zeros([L], tl.int32)
     if PACKED:
-        at = tl.arange(0, L)
-        inner = (at < left) & (at + start > 0)
-        here = tl.load(p_doc + start + at, mask=inner, other=0)
-        before = tl.load(p_doc + start + at - 1, mask=inner, other=0)
-        reset = (inner & (here != before)).to(tl.int32)
-        run = tl.cumsum(reset, axis=0)
-        last = tl.sum(reset, axis=0)
-        enter = tl.where(run == 0, enter, 0.0)
-        leave = tl.where(run == last, leave, 0.0)
-        whole = tl.where(last == 0, whole, 0.0)
-    return high, low, run, enter, leave, whole
+        resets = tl.load(p_resets + at)
+        enter = tl.where(resets == 0, enter, 0.0)
+    return tl.load(p_dt + at), high, tl.load(p_low + at), resets, enter, tl.load(p_leave + at)
 
 
 @triton.jit
-def pair_decays(b_mix, high, low, run, L: tl.constexpr, PACKED: tl.constexpr):
-    """[t, u]: the decay from u to t where u ≤ t in one document, else 0; exponents of other pairs are never taken.
+def pair_decays(b_mix, high, low, resets, L: tl.constexpr, PACKED: tl.constexpr, WRITERS: tl.constexpr):
+    """[t, u], or [u, t] if WRITERS: whether u ≤ t, and the decay from u to t where that is so in one document, else 0.
 
-    `b_mix` [t, u] is a product these will be multiplied with. Decays are computed in its registers' layout because the
-    mask asks it something; computed by themselves they would go through shared memory to it.
+    Exponents of other pairs are never taken. `b_mix` is a product of that shape that decays will be multiplied with:
+    they are computed in its registers' layout because the mask asks it something; by themselves they would go through
+    shared memory to it.
     """
     at = tl.arange(0, L)
-    mixed = (at[:, None] >= at[None, :]) & (b_mix == b_mix)
+    if WRITERS:
+        ordered = at[None, :] >= at[:, None]
+        exponent = (high[None, :] - high[:, None]) + (low[None, :] - low[:, None])
+    else:
+        ordered = at[:, None] >= at[None, :]
+        exponent = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    ordered = ordered & (b_mix == b_mix)
+    mixed = ordered
     if PACKED:
-        mixed = mixed & (run[:, None] == run[None, :])
-    exponent = tl.where(mixed, high[:, None], float("-inf")) - high[None, :]
-    return tl.exp2(exponent + low[:, None] - low[None, :])
+        mixed = ordered & (resets[:, None] == resets[None, :])
+    return ordered, tl.exp2(tl.where(mixed, exponent, float("-inf")))
+
+
+@triton.jit
+def advance(b_state, whole, b_values, b_keys, weight, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """whole · state + valuesᵀ (weight ∘ keys): a state [·, ·] after a chunk of values and keys, [L, ·] each."""
+    b_keys = (b_keys.to(tl.float32) * weight[:, None]).to(TYPE)
+    return tl.dot(tl.trans(b_values), b_keys, acc=b_state * whole, input_precision=PRECISION)

@@ -8,10 +8,17 @@ from itertools import product
 WIDTHS = (16, 32, 64, 128)
 """Head and state widths of the kernels."""
 MULTIPROCESSORS = 132
-"""Of an H100 or H200. On another card only the choice of segments is less even."""
+"""Of an H100 or H200. On another card only the choice of segments and runs is less even."""
 SEGMENT_MULTIPLE = 128
 """Segments are whole chunks of every tile; and SEGMENT_LEAST tokens, since each costs two more passes over x and b."""
 SEGMENT_LEAST = 512
+RUN = 512
+"""Tokens of a run where rows are not cut and yet leave places on the card free."""
+RUNS = (256, RUN, 1024)
+"""What tuning tries beside whole rows."""
+RUN_FILL = 0.8
+"""Of the places on the card (two programs a multiprocessor) that whole rows must take in each round: runs read x and b
+once more, and states besides, a fifth of the bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +44,36 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles of the three passes, and the tokens of a segment (a multiple of every chunk; None: the whole row).
+    """Tiles of the three passes.
 
-    `states` gives chunk states to `backward`, and so has its chunk.
+    Attributes:
+        states: gradients of states, and states before runs, for `backward`, and so of its chunk (the states of segments
+            for `forward` have that one's).
+        segment: tokens that programs of `forward` walk through; None: the whole row.
+        run: tokens that programs of `backward` walk through, where less than a segment. States before runs are computed
+            anew, for which x and b are read once more.
     """
 
     forward: Tile
     states: Tile
     backward: Tile
     segment: int | None = None
+    run: int | None = None
 
     def __post_init__(self) -> None:
         chunks = (self.forward.chunk, self.states.chunk, self.backward.chunk)
-        if chunks[1] != chunks[2] or self.segment is not None and any(self.segment % chunk for chunk in chunks):
-            raise ValueError(f"chunks of {chunks} tokens do not fit each other or segments of {self.segment}")
+        fits = chunks[1] == chunks[2] and (self.run is None or self.run % self.backward.chunk == 0)
+        if self.segment is not None:
+            fits = fits and not any(self.segment % tokens for tokens in (*chunks, self.run or 1))
+        if not fits:
+            raise ValueError(f"chunks of {chunks} tokens, runs of {self.run} and segments of {self.segment} do not fit")
 
 
 FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2)}
 STATES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
-BACKWARD = {64: Tile(32, 128, 4, 2), 128: Tile(32, 128, 8, 1)}
-"""By the wider of P and N (at most), for 16-bit operands. Those of 64 were the fastest on an H100
-(`scripts/tune_ssd_scan.py --groups 32 32 32`); those of 128 were chosen by what the compiler says."""
+BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(32, 128, 8, 1)}
+"""By the wider of P and N (at most), for 16-bit operands: chosen by what the compiler says, to be timed by
+`scripts/tune_ssd_scan.py --groups 32 32 32`."""
 WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 """Forward, states and backward where products have fp32 operands: right, not fast."""
 
@@ -76,7 +92,8 @@ def choose_plan(
     if (loaded or itemsize) > itemsize:  # chunks in flight take twice the shared memory
         forward, states = (replace(tile, stages=min(2, tile.stages)) for tile in (forward, states))
         backward = replace(backward, stages=1)
-    return Plan(forward, states, backward, choose_segment(lines * (head // forward.width), tokens))
+    segment = choose_segment(lines * (head // forward.width), tokens)
+    return Plan(forward, states, backward, segment, choose_run(lines, tokens) if segment is None else None)
 
 
 def choose_segment(programs: int, tokens: int) -> int | None:
@@ -90,12 +107,23 @@ def choose_segment(programs: int, tokens: int) -> int | None:
     return -(-tokens // (segments * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE
 
 
+def choose_run(lines: int, tokens: int) -> int | None:
+    """Tokens of a run where a program a row would fill the places on the card badly in the last round, else None."""
+    places = 2 * MULTIPROCESSORS
+    rounds = -(-lines // places)
+    return RUN if tokens > RUN and lines < RUN_FILL * rounds * places else None
+
+
 def candidates(head: int, state: int, itemsize: int) -> dict[str, list[Tile]]:
-    """Tiles that tuning may choose for `forward`, `states` and `backward`: the GPU tests judge each by itself."""
-    chunks, stages = ((32, 64, 128), (2, 3)) if itemsize == 2 else ((16, 32), (1, 2))
+    """Tiles that tuning may choose for `forward`, `states` and `backward`: the GPU tests judge each by itself.
+
+    Chunks of 128 tokens, and 8 warps where P and N are 64 at most, took twice as long and more on an H100.
+    """
+    chunks, stages = ((32, 64), (2, 3)) if itemsize == 2 else ((16, 32), (1, 2))
+    warps = (4,) if max(head, state) <= 64 and itemsize == 2 else (4, 8)
     widths = sorted({min(head, width) for width in (32, 64)})
-    scan = [Tile(*shape) for shape in product(chunks, widths, (4, 8), stages)]
-    back = [Tile(chunk, head, *shape) for chunk, *shape in product(chunks, (4, 8), (1, 2))]
+    scan = [Tile(*shape) for shape in product(chunks, widths, warps, stages)]
+    back = [Tile(chunk, head, *shape) for chunk, *shape in product(chunks, warps, sorted({1, *stages}))]
     # An accumulator [chunk, chunk] or [N, P] of more registers than a thread has is spilled: never fast.
     back = [t for t in back if max(t.chunk**2, head * state, t.chunk * max(head, state)) <= t.warps * 32 * 64]
     scan = [t for t in scan if max(t.chunk**2, state * t.width, t.chunk * t.width) <= t.warps * 32 * 128]

@@ -17,9 +17,9 @@ LAYOUTS = [(4, 4, 4), (2, 2, 4), (4, 1, 1)]
 """Heads of x, b and c: all; shared values and keys of grouped-query attention; stock with one group."""
 
 
-def plan(segment=None, forward=16, backward=16, width=16):
+def plan(segment=None, forward=16, backward=16, width=16, run=None):
     """Tiles small enough that every loop runs several times and ends ragged."""
-    return Plan(Tile(forward, width, 4, 1), Tile(backward, width, 4, 1), Tile(backward, 32, 4, 1), segment)
+    return Plan(Tile(forward, width, 4, 1), Tile(backward, width, 4, 1), Tile(backward, 32, 4, 1), segment, run)
 
 
 PACKED = documents(1, 37, 16, 17, 30)
@@ -38,10 +38,10 @@ def test_lengths_below_at_and_beyond_a_chunk(length):
 
 
 @pytest.mark.parametrize("ids", [None, documents(1, 70, 32, 50), documents(1, 70, 3, 69)], ids=["one", "border", "in"])
-@pytest.mark.parametrize("segment", [16, 32])
-def test_rows_in_segments(segment, ids):
+@pytest.mark.parametrize(("segment", "run"), [(16, None), (32, None), (32, 16), (None, 16), (None, 32)])
+def test_rows_in_segments_and_runs(segment, run, ids):
     tensors = inputs((1, 2, 2), length=70, heads=2, decay=0.1)  # slow: states reach across segments
-    judge(ssd_scan_reference, tensors, ids, 1e-6, of_a=2e-5, plan=plan(segment))
+    judge(ssd_scan_reference, tensors, ids, 1e-6, of_a=2e-5, plan=plan(segment, run=run))
 
 
 @pytest.mark.parametrize(("head", "state"), [(32, 16), (16, 32)])
@@ -110,11 +110,12 @@ def test_the_operator_runs_triton_on_parts_of_a_packed_projection(chunk, triton_
     assert relative_error(y, expected[0]) < 1e-6 and relative_error(last, expected[1]) < 1e-6
 
 
+@pytest.mark.parametrize("run", [None, 16])
 @pytest.mark.parametrize("wanted", ["y", "last"])
-def test_gradients_of_one_output_without_skip_and_state(wanted):
+def test_gradients_of_one_output_without_skip_and_state(wanted, run):
     tensors = inputs((1, 2, 2), heads=2)[:5]
     leaves, wide = [t.clone().requires_grad_() for t in tensors], [t.double().requires_grad_() for t in tensors]
-    found, expected = triton_scan(*leaves, None, None, None, 64, plan()), ssd_scan_reference(*wide)
+    found, expected = triton_scan(*leaves, None, None, None, 64, plan(run=run)), ssd_scan_reference(*wide)
     which = ("y", "last").index(wanted)
     for loss in (found[which].pow(2).sum(), expected[which].pow(2).sum()):
         loss.backward()
