@@ -94,16 +94,17 @@ def chunk_grad_kernel(
             dd += tl.sum(tl.where(at[:, None] == at[None, :], b_q, 0.0), axis=1)
         b_c = load_tile(p_c, start, c_token, left, L, N, TYPE)
         b_s = tl.dot(b_b, tl.trans(b_c), input_precision=PRECISION)
-        ordered, b_decay = pair_decays(b_s, high, low, resets, L, PACKED, True)
+        b_decay = pair_decays(b_s, high, low, resets, L, PACKED, True)
         b_s *= b_decay
+        # [t, u], though in the registers of [u, t], as decays are; the product is [t, t'].
+        b_earlier = ((at[None, :] < at[:, None]) & (b_s == b_s)).to(TYPE)
         direct = tl.sum(b_s * b_q, axis=1)
         b_s *= dt[:, None]
         b_m = (b_s * b_q).to(TYPE)
         b_q = (b_q * b_decay * dt[:, None]).to(TYPE)
         b_s = b_s.to(TYPE)
-        b_earlier = tl.where(ordered, 0.0, 1.0).to(TYPE)  # [t, u], and the product [t, t']
         b_within = tl.dot(b_earlier, b_m, input_precision=PRECISION)
-        within = tl.sum(tl.where(ordered, b_within, 0.0), axis=1)
+        within = tl.sum(tl.where(at[None, :] >= at[:, None], b_within, 0.0), axis=1)
         b_w = tl.dot(b_b, tl.trans(b_g), input_precision=PRECISION)
         leaving = leave * tl.sum(b_w * b_x.to(tl.float32), axis=1)
         direct += leaving
@@ -115,12 +116,13 @@ def chunk_grad_kernel(
         b_db = tl.dot(b_q, b_c, acc=b_db, input_precision=PRECISION)
         store_tile(p_db, start, H * N, left, b_db, L, N)
 
-        b_dc = tl.dot(b_dy, b_before, input_precision=PRECISION) * enter[:, None]
-        entering = tl.sum(b_dc * b_c.to(tl.float32), axis=1)
-        b_dc += tl.trans(tl.dot(tl.trans(b_b), b_q, input_precision=PRECISION))
+        b_dc = tl.dot(b_dy, b_before, input_precision=PRECISION)
+        entering = enter * tl.sum(b_dc * b_c.to(tl.float32), axis=1)
+        b_dc = b_dc * enter[:, None] + tl.trans(tl.dot(tl.trans(b_b), b_q, input_precision=PRECISION))
         store_tile(p_dc, start, H * N, left, b_dc, L, N)
 
-        e = within + through + tl.sum(tl.where(ordered, entering[None, :], (leaving * dt)[None, :]), axis=1)
+        b_across = tl.where(at[None, :] >= at[:, None], entering[None, :], (leaving * dt)[None, :])
+        e = within + through + tl.sum(b_across, axis=1)
         tl.store(p_ddt + (start + at) * H, (a * e + direct).to(p_ddt.dtype.element_ty), mask=at < left)
         da += dt * e
     tl.store(p_da + line * parts + part, tl.sum(da))

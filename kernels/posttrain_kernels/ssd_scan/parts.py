@@ -53,7 +53,7 @@ def load_decays(p_dt, p_high, p_low, p_leave, p_resets, start, L: tl.constexpr, 
 
 @triton.jit
 def pair_decays(b_mix, high, low, resets, L: tl.constexpr, PACKED: tl.constexpr, WRITERS: tl.constexpr):
-    """[t, u], or [u, t] if WRITERS: whether u ≤ t, and the decay from u to t where that is so in one document, else 0.
+    """[t, u], or [u, t] if WRITERS: the decay from u to t where u ≤ t in one document, else 0.
 
     Exponents of other pairs are never taken. `b_mix` is a product of that shape that decays will be multiplied with:
     they are computed in its registers' layout because the mask asks it something; by themselves they would go through
@@ -66,11 +66,10 @@ def pair_decays(b_mix, high, low, resets, L: tl.constexpr, PACKED: tl.constexpr,
     else:
         ordered = at[:, None] >= at[None, :]
         exponent = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    ordered = ordered & (b_mix == b_mix)
-    mixed = ordered
+    mixed = ordered & (b_mix == b_mix)
     if PACKED:
-        mixed = ordered & (resets[:, None] == resets[None, :])
-    return ordered, tl.exp2(tl.where(mixed, exponent, float("-inf")))
+        mixed = mixed & (resets[:, None] == resets[None, :])
+    return tl.exp2(tl.where(mixed, exponent, float("-inf")))
 
 
 @triton.jit

@@ -61,8 +61,7 @@ def chunk_scan_kernel(
         dt, high, low, resets, enter, leave = load_decays(p_steps, p_high, p_low, p_leave, p_resets, start, L, PACKED)
         b_y = tl.dot(b_c, b_state.to(TYPE), input_precision=PRECISION) * enter[:, None]
         b_mix = tl.dot(b_c, tl.trans(b_b), input_precision=PRECISION)
-        _, b_decay = pair_decays(b_mix, high, low, resets, L, PACKED, False)
-        b_mix *= b_decay * dt[None, :]
+        b_mix *= pair_decays(b_mix, high, low, resets, L, PACKED, False) * dt[None, :]
         b_y = tl.dot(b_mix.to(TYPE), b_x, acc=b_y, input_precision=PRECISION)
         if HAS_D:
             b_y += d * b_x.to(tl.float32)
