@@ -50,11 +50,14 @@ def judge(
     tolerance: float,
     *,
     of_a: float | None = None,
+    operands: torch.dtype | None = None,
     **options: object,
 ) -> tuple[Tensor, ...]:
     """y, the last state and all gradients of the Triton code beside those of `scan` in fp64; returns the Triton code's.
 
-    `of_a`: another tolerance for a's gradient, a sum over everything that may all but cancel.
+    `of_a`: another tolerance for a's gradient, a sum over everything that may all but cancel. `operands`: the type in
+    which products take x, b, c and y's gradient, so that what this rounding alone does (to a's gradient most of all) is
+    not taken for an error.
     """
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     y, last = triton_scan(*leaves, ids, **({"chunk": 64} | options))
@@ -62,6 +65,11 @@ def judge(
         randn(*out.shape, seed=99 + i, dtype=out.dtype).to(out.device) for i, out in enumerate((y, last))
     )
     found = (y, last, *torch.autograd.grad((y, last), leaves, (grad_y, grad_last)))
+    if operands:
+        tensors = [
+            t.to(operands).to(t) if name in ("x", "b", "c") else t for name, t in zip(NAMES, tensors, strict=True)
+        ]
+        grad_y = grad_y.to(operands)
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = scan(*wide[:6], initial_state=wide[6], documents=ids)
     expected += torch.autograd.grad(expected, wide, (grad_y.double(), grad_last.double()))

@@ -157,7 +157,9 @@ def test_every_backward_tile_that_tuning_may_choose(width, tile, dtype, poison_e
 def test_fp32_inputs_under_autocast_have_bf16_products_and_gradients_of_their_types(head, poison_empty):
     tensors = on_gpu(inputs((2, 2, 4), length=300, heads=4, head=head, state=head, decay=0.05))
     with torch.autocast("cuda", torch.bfloat16):
-        found = judge(chunked_scan_in_order, tensors, None, TOLERANCE[torch.bfloat16], of_a=5e-2)
+        found = judge(
+            chunked_scan_in_order, tensors, None, TOLERANCE[torch.bfloat16], of_a=5e-2, operands=torch.bfloat16
+        )
         y, _ = ssd_scan(*tensors[:6], initial_state=tensors[6])
     exact, _ = ssd_scan(*tensors[:6], initial_state=tensors[6])
     assert torch.equal(found[0], y) and 1e-4 < relative_error(y, exact)

@@ -71,9 +71,9 @@ class Plan:
 
 FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2)}
 STATES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
-BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(32, 128, 8, 1)}
-"""By the wider of P and N (at most), for 16-bit operands: chosen by what the compiler says, to be timed by
-`scripts/tune_ssd_scan.py --groups 32 32 32`."""
+BACKWARD = {64: Tile(64, 128, 4, 2), 128: Tile(32, 128, 8, 1)}
+"""By the wider of P and N (at most), for 16-bit operands: at 64 timed on an H100 (`scripts/tune_ssd_scan.py --groups 32 32
+32`), at 128 chosen by what the compiler says."""
 WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 """Forward, states and backward where products have fp32 operands: right, not fast."""
 
