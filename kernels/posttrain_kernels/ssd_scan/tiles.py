@@ -72,8 +72,8 @@ class Plan:
 FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2)}
 STATES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
 BACKWARD = {64: Tile(64, 128, 4, 2), 128: Tile(32, 128, 8, 1)}
-"""By the wider of P and N (at most), for 16-bit operands: at 64 timed on an H100, at 128 chosen by what the compiler says
-(`scripts/tune_ssd_scan.py --groups 32 32 32`)."""
+"""By the wider of P and N (at most), for 16-bit operands: at 64 timed on an H100, at 128 chosen by what the compiler
+says (`scripts/tune_ssd_scan.py --groups 32 32 32`)."""
 WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 """Forward, states and backward where products have fp32 operands: right, not fast."""
 
