@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from posttrain_kernels.decode_attention import decode_attention, decode_attention_reference
+from posttrain_kernels.mamba_step import conv_step, conv_step_reference, gated_norm, gated_norm_reference
 from posttrain_kernels.rms_norm import rms_norm, rms_norm_reference
 from posttrain_kernels.rotary_cache import rotary_cache, rotary_cache_reference
 from posttrain_kernels.swiglu import silu_mul, silu_mul_reference
@@ -31,6 +32,8 @@ GRAPH_CALLS = 40
 ROTATED_BYTES = 256 * 2**20
 """Copies of a cache that calls rotate among add up to this at least (the L2 cache of an H200 holds 50 MiB)."""
 EPS = 1e-5
+TAPS = 4
+"""Of Mamba-2's convolution."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ QUICK_MODEL = Model("tiny", 64, 4, 2, 16, 96, 24, 8)
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """Every operator for every model and batch."""
     models, rows = ((QUICK_MODEL,), (3,)) if quick else (MODELS, ROWS)
-    makers = (_rms_norm, _silu_mul, _rotary_cache, _grouped_attention, _latent_attention)
+    makers = (_rms_norm, _silu_mul, _conv_step, _gated_norm, _rotary_cache, _grouped_attention, _latent_attention)
     return [make(model, count, device) for make, model, count in itertools.product(makers, models, rows)]
 
 
@@ -159,6 +162,33 @@ def _silu_mul(model: Model, rows: int, device: torch.device) -> Case:
         silu_mul_reference,
         moved,
     )
+
+
+def _conv_step(model: Model, rows: int, device: torch.device) -> Case:
+    heads = (model.shared, model.shared, model.heads)
+    channels = sum(heads) * model.head
+
+    def inputs() -> tuple:
+        drive, taps = _randn(device, rows, channels), _randn(device, channels, TAPS)
+        # Every column as the new one: what a call leaves is what it found, so that all calls give the same.
+        columns = drive[..., None].expand(-1, -1, TAPS).contiguous()
+        return drive, columns, taps, _randn(device, channels), heads
+
+    functions = {OURS: conv_step, "eager": conv_step_reference}
+    moved = _bytes(device, (2 * rows + 1) * channels * (TAPS + 1))
+    shape = f"{model.name} B{rows} C{channels} K{TAPS}"
+    return _case("conv_step", shape, device, inputs, functions, conv_step_reference, moved)
+
+
+def _gated_norm(model: Model, rows: int, device: torch.device) -> Case:
+    width = model.heads * model.head
+
+    def inputs() -> tuple:
+        return _randn(device, rows, width), _randn(device, rows, width), _randn(device, width), EPS, model.head
+
+    functions = {OURS: gated_norm, "eager": gated_norm_reference}
+    moved, shape = _bytes(device, 3 * rows * width), f"{model.name} B{rows} H{model.heads} d{model.head}"
+    return _case("gated_norm", shape, device, inputs, functions, gated_norm_reference, moved)
 
 
 def _rotary_cache(model: Model, rows: int, device: torch.device) -> Case:

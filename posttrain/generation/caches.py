@@ -70,9 +70,3 @@ class StateCache(LayerCache):
     def write(self, rows: slice, columns: torch.Tensor, states: torch.Tensor) -> None:
         """What a prompt leaves: its columns [b, C, at least K] and states [b, H, d, d]."""
         self.columns[rows], self.states[rows] = columns[..., -self.columns.shape[-1] :], states
-
-    def push(self, column: torch.Tensor) -> torch.Tensor:
-        """One more column [B, C] for the first B rows; their last K, [B, C, K]."""
-        own = self.columns[: len(column)]
-        own.copy_(torch.cat((own[..., 1:], column[..., None]), dim=-1))
-        return own

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from posttrain_kernels.mamba_step import conv_step, gated_norm
 from posttrain_kernels.ssd_scan import ssd_scan, ssd_step
 from torch.nn import functional as F
 
@@ -41,22 +42,47 @@ class Mamba2(Mixer):
         inputs, keys, queries = self._heads(mixed)
         y, state = ssd_scan(inputs, steps, self.w["a"], keys, queries, self.w["skip"])
         cache.write(prompt.rows, columns, state)
-        return self._project(self._gated(y.flatten(2), z), "out")
+        gated = gated_norm(y.flatten(0, 1).flatten(1), z.flatten(0, 1), self.w.get("norm"), self.eps, self.width)
+        return self._project(gated.unflatten(0, z.shape[:2]), "out")
 
     def step(self, x: torch.Tensor, now: Moment, cache: StateCache) -> torch.Tensor:
-        z, drive, steps = self._drive(x)
-        window = cache.push(drive)  # [B, C, K]
-        # Summed in fp32 as a convolution's kernel does.
-        wide = torch.promote_types(drive.dtype, torch.float32)
-        mixed = (window.to(wide) * self.w["taps"][:, 0]).sum(-1) + self.w["taps_bias"]
-        inputs, keys, queries = self._heads(mixed.to(drive.dtype))
-        y = ssd_step(inputs, steps, self.w["a"], keys, queries, cache.states[: x.shape[0]], self.w["skip"])
-        return self._project(self._gated(y.flatten(1), z), "out")
+        z, drive, dt = self._parts(x)
+        heads = (self.heads if self.repeats_first else self.shared,) * 2 + (self.heads,)
+        mixed = conv_step(
+            drive,
+            cache.columns,
+            self.w["taps"][:, 0],
+            self.w["taps_bias"],
+            heads,
+            repeats=self.heads // self.shared if self.repeats_first else 1,
+            silu=self.activates,
+            b_norm=self.w.get("b_norm"),
+            c_norm=self.w.get("c_norm"),
+            eps=self.eps,
+        )
+        inputs, keys, queries = mixed.split(heads, dim=1)
+        y = ssd_step(
+            inputs,
+            dt,
+            self.w["a"],
+            keys,
+            queries,
+            cache.states[: x.shape[0]],
+            self.w["skip"],
+            dt_bias=self.w["step_bias"],
+            dt_softplus=True,
+        )
+        return self._project(gated_norm(y.flatten(1), z, self.w.get("norm"), self.eps, self.width), "out")
+
+    def _parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate [..., H d], what goes through the convolution, step sizes before bias and softplus [..., H]."""
+        rows = (self.inner, self.inner + 2 * self.narrow, self.heads)
+        z, drive, dt = self._project(x, "in").split(rows, dim=-1)
+        return z, drive, dt
 
     def _drive(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate [..., H d], what goes through the convolution [..., C], step sizes [..., H] in fp32 or wider."""
-        rows = (self.inner, self.inner + 2 * self.narrow, self.heads)
-        z, drive, dt = self._project(x, "in").split(rows, dim=-1)
+        z, drive, dt = self._parts(x)
         steps = F.softplus(dt.to(self.w["step_bias"].dtype) + self.w["step_bias"])
         return z, self._repeat(drive) if self.repeats_first else drive, steps
 
@@ -78,14 +104,6 @@ class Mamba2(Mixer):
             if (weight := self.w.get(name)) is not None:
                 parts[place] = _rms(parts[place], self.eps).to(mixed.dtype) * weight
         return tuple(parts)
-
-    def _gated(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """`norm(y · silu(z))` over each head, or the gate alone; in fp32 or wider."""
-        wide = torch.promote_types(z.dtype, torch.float32)
-        gated = y.to(wide) * F.silu(z.to(wide))
-        if (weight := self.w.get("norm")) is None:
-            return gated.to(z.dtype)
-        return _rms(gated.unflatten(-1, (self.heads, self.width)), self.eps).flatten(-2).to(z.dtype) * weight
 
 
 def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from kernel_cases import randn, relative_error, requires_cuda
 from posttrain_kernels.decode_attention import decode_attention, decode_attention_reference
 from posttrain_kernels.decode_attention.launch import decode_attention_triton
 from posttrain_kernels.decode_attention.tiles import Tile
+from posttrain_kernels.mamba_step import conv_step, conv_step_reference, gated_norm, gated_norm_reference
 from posttrain_kernels.rms_norm import rms_norm, rms_norm_reference
 from posttrain_kernels.rotary_cache import (
     latent_cache,
@@ -17,6 +18,7 @@ from posttrain_kernels.rotary_cache import (
     rotate,
     rotate_reference,
 )
+from posttrain_kernels.ssd_scan import ssd_step
 from posttrain_kernels.swiglu import silu_mul, silu_mul_reference
 
 pytestmark = [pytest.mark.gpu, requires_cuda]
@@ -61,6 +63,48 @@ def test_silu_mul(seed):
     rows, width = pick(seed, [1, 3, 64, 257], [17, 96, 513, 1536, 8192])
     gate_up = bf16(rows, 2 * width, seed=seed, scale=3.0)
     judge(silu_mul(gate_up), silu_mul_reference(gate_up), silu_mul_reference(gate_up.double()))
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_conv_step(seed):
+    rows, width, kernel, repeats = pick(seed, [1, 5, 64], [24, 64, 128], [1, 4, 6], [1, 3])
+    heads = (6, 6, 9)
+    channels, own = 21 * width, (12 // repeats + 9) * width
+    drive = bf16(rows, own + 40, seed=seed)[:, 16 : 16 + own]
+    taps, bias = bf16(channels, kernel, seed=seed + 1), bf16(channels, seed=seed + 2)
+    norms = [bf16(width, seed=seed + 3), bf16(width, seed=seed + 4)] if seed % 2 else [None, None]
+    outcomes = []
+    for operator, widen in ((conv_step, list), (conv_step_reference, list), (conv_step_reference, wide)):
+        columns, *given = widen([bf16(rows + 1, channels, kernel, seed=seed + 5), drive, taps, bias, *norms])
+        options = dict(repeats=repeats, silu=seed % 3 > 0, b_norm=given[3], c_norm=given[4], eps=1e-5)
+        found = [operator(given[0] * (1 + token), columns, *given[1:3], heads, **options) for token in range(3)]
+        outcomes.append((torch.stack(found), columns))
+    judge(*(outcome[0] for outcome in outcomes))
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_gated_norm(seed):
+    rows, width, heads = pick(seed, [1, 5, 64, 257], [24, 64, 128], [1, 9, 32])
+    y, z = bf16(rows, heads * width, seed=seed), bf16(rows, heads * width + 30, seed=seed + 1)[:, 10:-20]
+    given = (y, z, bf16(heads * width, seed=seed + 2) if seed % 4 else None, 1e-5, width)
+    judge(gated_norm(*given), gated_norm_reference(*given), gated_norm_reference(*wide(given)))
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_a_step_of_the_scan_takes_step_sizes_as_the_projection_gives_them(seed):
+    rows, (heads, shared), width = pick(seed, [1, 5, 64], [(9, 3), (32, 8)], [24, 64])
+    x, b = bf16(rows, shared, width, seed=seed), bf16(rows, shared, width, seed=seed + 1)
+    c, dt = bf16(rows, heads, width, seed=seed + 2), bf16(rows, heads, seed=seed + 3, scale=12.0)
+    a, bias, skip = (randn(heads, seed=seed + n).cuda() for n in (4, 5, 6))
+    state = randn(rows, heads, width, width, seed=seed + 7).cuda()
+    outcomes = []
+    for widen in (list, wide):
+        given = widen([x, dt, -a.exp(), b, c, state.clone(), skip])
+        out = ssd_step(*given, dt_bias=widen([bias])[0], dt_softplus=True)
+        outcomes.append((out, given[5]))
+    assert relative_error(outcomes[0][1], outcomes[1][1]) < 1e-5
+    assert relative_error(outcomes[0][0], outcomes[1][0]) < 4e-3
 
 
 def rotary_arguments(seed, rows, width, capacity=40):

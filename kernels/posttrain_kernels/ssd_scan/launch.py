@@ -208,7 +208,17 @@ def chunk_states(
     return first if before is None else before, after, grad_first
 
 
-def step_in_place(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None) -> Tensor:
+def step_in_place(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    d: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
     """The Triton code behind `ssd_step`; checks done, the state's last dimension dense."""
     rows, heads, head, width = state.shape
     y = torch.empty(rows, heads, head, dtype=x.dtype, device=x.device)
@@ -219,9 +229,11 @@ def step_in_place(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state:
     block = max(1, min(triton.next_power_of_2(head), STEP_ELEMENTS // lanes))
     strides = (stride for tensor in (x, dt, b, c) for stride in tensor.stride()[:2])
     step_kernel[(rows * heads, triton.cdiv(head, block))](
-        x, dt, a.contiguous(), b, c, a if d is None else d.contiguous(), state, y, *strides, *state.stride()[:3],
+        x, dt, a.contiguous(), b, c, a if d is None else d.contiguous(),
+        a if dt_bias is None else dt_bias.contiguous(), state, y, *strides, *state.stride()[:3],
         H=heads, X_SHARE=heads // x.shape[1], B_SHARE=heads // b.shape[1], C_SHARE=heads // c.shape[1],
-        P=head, N=width, BLOCK_P=block, BLOCK_N=lanes, HAS_D=d is not None, num_warps=2,
+        P=head, N=width, BLOCK_P=block, BLOCK_N=lanes, HAS_D=d is not None, BIAS=dt_bias is not None,
+        SOFTPLUS=dt_softplus, num_warps=2,
     )  # fmt: skip
     return y
 

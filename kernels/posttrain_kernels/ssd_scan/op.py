@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..inference import refuse_gradients
+from ..inference import compute_dtype, refuse_gradients
 from .torch_scan import CHUNK, chunked_scan, single_step
 from .triton_scan import supports_scan, supports_step, triton_scan
 
@@ -57,12 +57,24 @@ def ssd_scan(
     return run(x, dt, a, b, c, d, initial_state, documents, chunk)
 
 
-def ssd_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None = None) -> Tensor:
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    d: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
     """One token of `ssd_scan` for decoding; `state` is updated in place. Inference only.
 
     Args:
         x: [B, H_x, P]; dt: [B, H]; b: [B, H_b, N]; c: [B, H_c, N]; a, d: [H], all as in `ssd_scan`.
         state: [B, H, P, N], fp32 or fp64: decays near one, rounded to bf16, are wrong by half after a hundred tokens.
+        dt_bias: [H], added to dt, and dt_softplus: the softplus after it; in fp32 (fp64 for fp64), as done here.
 
     Returns:
         [B, H, P] in x's dtype.
@@ -70,15 +82,26 @@ def ssd_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tens
     Raises:
         ValueError: shapes that do not fit, or a state below fp32. RuntimeError: a gradient would be recorded.
     """
-    refuse_gradients("ssd_step", x, dt, a, b, c, state, d)
+    refuse_gradients("ssd_step", x, dt, a, b, c, state, d, dt_bias)
     _check(x, dt, a, b, c, d, state, tokens=1)
+    if dt_bias is not None and dt_bias.shape != dt.shape[1:]:
+        raise ValueError(f"dt_bias {tuple(dt_bias.shape)} is not one number for each of {dt.shape[1]} heads")
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the state must be fp32 or fp64, not {state.dtype}")
-    if not supports_step(x, dt, a, b, c, state, d):
-        return single_step(x, dt, a, b, c, state, d)
+    if not supports_step(x, dt, a, b, c, state, d, dt_bias):
+        return single_step(x, _step_sizes(dt, dt_bias, dt_softplus), a, b, c, state, d)
     from .launch import step_in_place
 
-    return step_in_place(x, dt, a, b, c, state, d)
+    return step_in_place(x, dt, a, b, c, state, d, dt_bias, dt_softplus)
+
+
+def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """dt plus its bias, and the softplus of that, in fp32 or wider; dt itself where neither is asked for."""
+    if bias is None and not softplus:
+        return dt
+    wide = dt.to(compute_dtype(dt))
+    wide = wide if bias is None else wide + bias
+    return torch.nn.functional.softplus(wide) if softplus else wide
 
 
 def _check(

@@ -73,10 +73,10 @@ def chunk_scan_kernel(
 
 @triton.jit
 def step_kernel(
-    p_x, p_dt, p_a, p_b, p_c, p_d, p_state, p_y,
+    p_x, p_dt, p_a, p_b, p_c, p_d, p_bias, p_state, p_y,
     x_row, x_head, dt_row, dt_head, b_row, b_head, c_row, c_head, state_row, state_head, state_p,
     H: tl.constexpr, X_SHARE: tl.constexpr, B_SHARE: tl.constexpr, C_SHARE: tl.constexpr,
-    P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_D: tl.constexpr,
+    P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HAS_D: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """One token: BLOCK_P rows of a head's state [P, N] are read and written once, and give as many outputs."""
     row = (tl.program_id(0) // H).to(tl.int64)
@@ -88,6 +88,10 @@ def step_kernel(
     b_b = tl.load(p_b + row * b_row + (head // B_SHARE) * b_head + at_n, mask=in_n, other=0.0).to(tl.float32)
     b_c = tl.load(p_c + row * c_row + (head // C_SHARE) * c_head + at_n, mask=in_n, other=0.0).to(tl.float32)
     dt = tl.load(p_dt + row * dt_row + head * dt_head).to(tl.float32)
+    if BIAS:
+        dt += tl.load(p_bias + head).to(tl.float32)
+    if SOFTPLUS:
+        dt = _softplus(dt)
     a = tl.load(p_a + head).to(tl.float32)
     p_tile = p_state + row * state_row + head * state_head + at_p[:, None] * state_p + at_n[None, :]
     inside = in_p[:, None] & in_n[None, :]
@@ -99,3 +103,13 @@ def step_kernel(
         b_y += tl.load(p_d + head).to(tl.float32) * b_x
     p_out = p_y + (row * H + head) * P + at_p
     tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=in_p)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), x itself above 20 as in torch; to the last bits where exp(x) is lost beside 1."""
+    grown = tl.exp(tl.minimum(x, 20.0))
+    more = 1.0 + grown
+    less = more - 1.0
+    small = tl.log(more) * (grown / tl.where(less == 0.0, 1.0, less))
+    return tl.where(x > 20.0, x, tl.where(less == 0.0, grown, small))

@@ -22,9 +22,18 @@ def supports_scan(
     return fits and all(tensor.dtype in TYPES for tensor in tensors) and use_triton(*tensors)
 
 
-def supports_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, d: Tensor | None) -> bool:
+def supports_step(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    d: Tensor | None,
+    dt_bias: Tensor | None = None,
+) -> bool:
     """Whether the kernel runs this step: any width, no fp64, a state whose last dimension is dense."""
-    tensors = [tensor for tensor in (x, dt, a, b, c, d) if tensor is not None]
+    tensors = [tensor for tensor in (x, dt, a, b, c, d, dt_bias) if tensor is not None]
     fits = state.dtype == torch.float32 and state.stride(-1) == 1
     return fits and all(tensor.dtype in TYPES for tensor in tensors) and use_triton(state, *tensors)
 

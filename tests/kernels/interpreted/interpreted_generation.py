@@ -15,6 +15,10 @@ from posttrain.generation import DecodeEngine, Sampling  # noqa: E402
 MODELS = {
     "qwen3": lambda: make_source("qwen3", num_hidden_layers=1),
     "mixed": lambda: make_upcycled(mixers=["full_attention", "latent_attention"], kv_lora_rank=[None, 24]),
+    "states": lambda: make_upcycled("qwen3", mixers=["mamba2", "full_attention"], mamba_bias=True),
+    "states, own taps": lambda: make_upcycled(
+        mixers=["mamba2"] * 2, mamba_repeat_before_conv=True, mamba_conv_kernel=6
+    ),
 }
 
 
