@@ -77,6 +77,8 @@ def _with_package(entry: Entry) -> str:
 def _runs(outputs: Path) -> list[str]:
     if not (outputs / "runs").is_dir():
         return []
+    from datetime import UTC, datetime
+
     from posttrain.errors import RecipeError
     from posttrain.pipeline.lock import held
     from posttrain.pipeline.progress import state_of
@@ -92,7 +94,8 @@ def _runs(outputs: Path) -> list[str]:
         state = state_of(run.events(), [stage["name"] for stage in record["stages"]])
         alive = held(run.lock_path)
         status = "running" if alive else "interrupted" if state.status == "running" else state.status
-        rows.append((run.name, f"{status}, {record['created']}"))
+        created = datetime.fromtimestamp(record["created"], UTC)
+        rows.append((run.name, f"{status}, {created:%Y-%m-%d %H:%M} UTC"))
     return columns(rows)
 
 

@@ -150,11 +150,23 @@ def instead(origin: Origin, path: KeyPath, value: str) -> str:
 def in_section(problem: Problem, model: type[BaseModel], section: str) -> Problem:
     """A problem in a stage's own words (`lr`, `lr=1e-4`) with its settings as a recipe names them.
 
-    Stages do not know what a recipe calls them; this is where `stages.NAME.` comes from.
+    Stages do not know what a recipe calls them; this is where `stages.NAME.` comes from. Sources say `data.` and
+    `model.` of themselves, which is what a recipe calls the first of them: it becomes `datasets.NAME.`, `models.NAME.`.
     """
+    group = section.partition(".")[0]
+    problem = Problem(*(_renamed(text, model, group, section) for text in (problem.what, problem.where, problem.fix)))
     name = problem.where.partition(".")[0]
     where = f"{section}.{problem.where}" if name in model.model_fields else problem.where
     return Problem(problem.what, where, _qualified(problem.fix, model, section))
+
+
+def _renamed(text: str, model: type[BaseModel], group: str, section: str) -> str:
+    """Text in which the settings of one of several sources have its own section."""
+    first = {"datasets": "data", "models": "model"}.get(group)
+    if first is None:
+        return text
+    names = "|".join(map(re.escape, model.model_fields))
+    return re.sub(rf"(?<![\w.@/~-]){first}\.(?=(?:{names})\b)", f"{section}.", text)
 
 
 def _qualified(text: str, model: type[BaseModel], section: str) -> str:

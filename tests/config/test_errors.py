@@ -12,6 +12,7 @@ from posttrain.config import load_recipe
 from posttrain.config.explain import in_section
 from posttrain.config.suggest import among
 from posttrain.config.validate import SECTIONS
+from posttrain.data.config import DataSourceConfig
 from posttrain.errors import Problem, RecipeError
 from posttrain.methods.mla_upcycling.config import MlaUpcycleConfig
 from posttrain.pipeline.plan import make_plan
@@ -229,6 +230,20 @@ def test_settings_in_a_stages_advice_can_be_typed(fix: str, shown: str) -> None:
         Problem("wrong", fix="kv_ratio=0.5, or `~inputs.calibration`, not ~stages.b"), MlaUpcycleConfig, "stages.a"
     )
     assert deleted.fix == "stages.a.kv_ratio=0.5, or `~stages.a.inputs.calibration`, not ~stages.b"
+
+
+def test_a_further_source_is_named_as_the_recipe_has_it(tmp_path: Path) -> None:
+    missing = tmp_path / "nothing.jsonl"
+    typed = [f"datasets.more.path={missing}", "stages.train.inputs.data=datasets.more.train"]
+    recipe = load_recipe("transmla", ["scale=smoke", "+data@datasets.more=tiny", *typed])
+    with pytest.raises(RecipeError) as caught:
+        make_plan(recipe)
+    assert [problem.where for problem in caught.value.problems] == [f"datasets.more.path={missing}"]
+    problem = Problem("data.path is empty", "data.path=x", "data.heldout_path=FILE, or a data.frame")
+    named = in_section(problem, DataSourceConfig, "datasets.more")
+    assert named.what == "datasets.more.path is empty" and named.where == "datasets.more.path=x"
+    assert named.fix == "datasets.more.heldout_path=FILE, or a data.frame"
+    assert in_section(problem, DataSourceConfig, "data") == problem
 
 
 def test_a_refused_target_is_told_once() -> None:
