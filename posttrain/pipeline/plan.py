@@ -283,15 +283,15 @@ class _Planner:
         known = {name: meta for name, meta in metas.items() if meta is not None}
         if len(known) < len(metas):
             return
+        shared = (self.engine.strategy, self.engine.world_size) if planned.stage.parallel else ("single", 1)
         try:
-            if planned.artifact is not None:
-                planned.outputs = planned.artifact.metas
-            else:
-                planned.outputs = planned.stage.describe(planned.cfg, known)
-                planned.stage.check(planned.cfg, known)
-                self._check_ranks(planned)
-            shared = (self.engine.strategy, self.engine.world_size) if planned.stage.parallel else ("single", 1)
             with planning_for(self.device, *shared):
+                if planned.artifact is not None:
+                    planned.outputs = planned.artifact.metas
+                else:
+                    planned.outputs = planned.stage.describe(planned.cfg, known)
+                    planned.stage.check(planned.cfg, known)
+                    self._check_ranks(planned)
                 estimate = self._with_runtime(planned.stage.estimate(planned.cfg, known))
                 estimate = with_states(estimate, planned.outputs, known)
                 planned.estimate = self._of_all_ranks(planned, estimate)
@@ -313,7 +313,7 @@ class _Planner:
         except ValueError as error:
             setting = f"engine.ranks={engine.ranks}" + (f" engine.nodes={engine.nodes}" if engine.nodes > 1 else "")
             fix = "another number of ranks, or of sequences a step"
-            raise RecipeError(f"{setting}: {error}", "engine.ranks", fix) from error
+            raise RecipeError(f"{setting}, stage {planned.name}: {error}", "engine.ranks", fix) from error
 
     def _with_runtime(self, estimate: Estimate) -> Estimate:
         """Add the `runtime` term where memory is estimated and is that of the host."""

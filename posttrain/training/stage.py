@@ -35,4 +35,5 @@ class TrainingStage(Stage):
         from posttrain.models.inspect import model_meta
 
         found = model_meta(path)
-        return replace(found, extra={**predicted.extra, **found.extra})
+        known = {name: value for name, value in predicted.extra.items() if name != "open"}
+        return replace(found, extra={**known, **found.extra})

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from posttrain.config.schema import SHARDED
 from posttrain.errors import Problem, RecipeError
 from posttrain.methods.distillation.config import DistillConfig
 from posttrain.methods.distillation.estimate import cache_bytes, cache_notes, logit_copies, peak_of_both
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
-from posttrain.pipeline.device import plans_for_gpu
+from posttrain.pipeline.device import planned_strategy, plans_for_gpu
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec
 from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
@@ -78,6 +79,7 @@ class Distill(TrainingStage):
         problems += no_documents(cfg, data)
         problems += target_problems(cfg.lora, student.architecture) if student.architecture else []
         problems += _cache_problems(cfg, teacher.architecture)
+        problems += _graph_problems(cfg)
         if problems:
             raise RecipeError(problems=problems)
 
@@ -168,6 +170,21 @@ def _cache_problems(cfg: DistillConfig, teacher: Mapping[str, Any] | None) -> li
     vocabulary = teacher["vocab_size"]
     problem = f"teacher_cache keeps {cfg.teacher_cache.top_k} tokens of a vocabulary of {vocabulary}"
     return [Problem(problem, where="teacher_cache.top_k", fix=f"teacher_cache.top_k={vocabulary}")]
+
+
+def _graph_problems(cfg: DistillConfig) -> list[Problem]:
+    """Why a step that is asked for as a CUDA graph cannot be one, as far as a plan can tell."""
+    against = {
+        "it needs a GPU": not plans_for_gpu(),
+        "it needs the whole model on every rank": planned_strategy() in SHARDED,
+        "batches of packing=documents differ in shape": cfg.packing == "documents",
+        "the teacher is on another device": cfg.teacher_device != "same",
+        "the teacher is in shards": cfg.teacher_sharding == "sharded",
+    }
+    if cfg.cuda_graph != "on":
+        return []
+    found = [reason for reason, holds in against.items() if holds][:1]
+    return [Problem(f"no CUDA graph of the training step: {why}", "cuda_graph=on", "cuda_graph=auto") for why in found]
 
 
 def _load_teacher(ctx: StageContext, student: PreTrainedModel) -> PreTrainedModel:

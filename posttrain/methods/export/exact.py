@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from posttrain.errors import Problem
@@ -55,10 +55,13 @@ def stock_rope(arch: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def obstacles(arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None = None) -> list[Problem]:
+def obstacles(
+    arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None = None, left: Collection[str] = ()
+) -> list[Problem]:
     """Why a `deepseek_v3` export would not be exact, each with a remedy; empty where it is.
 
-    `dtype` is what the input is stored in, where that is known.
+    `dtype` is what the input is stored in, where that is known; `left` names fields that a stage yet to run decides
+    layer by layer, for which `arch` has one guess.
     """
     if arch["model_type"] != "upcycled" or set(arch.get("mixers") or ()) != {"latent_attention"}:
         what = "not every layer has latent attention: DeepSeek-V3 has nothing else"
@@ -69,7 +72,7 @@ def obstacles(arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None = No
     if arch.get("qk_norm"):
         found.append(Problem("DeepSeek-V3 has no QK-norm on its heads", _WHERE, _NATIVE))
     for name in ("kv_lora_rank", "q_lora_rank"):
-        found += _rank_problems(arch, name, cfg.pad_ranks)
+        found += _rank_problems(arch, name, cfg.pad_ranks, name in left)
     found += _rope_problems(arch, cfg.loader)
     return found + _norm_problems(arch, cfg, dtype)
 
@@ -108,9 +111,15 @@ def _norm_problems(arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None
     return [Problem(what, f"{_WHERE} loader=transformers", f"use loader=vllm, or {_NATIVE}")]
 
 
-def _rank_problems(arch: Mapping[str, Any], name: str, pad: bool) -> list[Problem]:
+def _rank_problems(arch: Mapping[str, Any], name: str, pad: bool, left: bool) -> list[Problem]:
     ranks = arch.get(name)
-    if not isinstance(ranks, list | tuple) or len(set(ranks)) == 1:
+    if not isinstance(ranks, list | tuple):
+        if not left or (pad and not arch.get("qk_latent_layernorm")):
+            return []
+        what = f"the conversion gives every layer a {name} of its own: DeepSeek-V3 has one"
+        fix = "convert with rank_allocation=uniform" if pad else "use pad_ranks=true (exact)"
+        return [Problem(what, _WHERE, f"{fix}, or {_NATIVE}")]
+    if len(set(ranks)) == 1:
         return []
     if None in ranks or (pad and arch.get("qk_latent_layernorm")):
         return [Problem(f"{name} cannot be made uniform: {list(ranks)}", _WHERE, _NATIVE)]

@@ -48,7 +48,8 @@ class Export(Stage):
             raise RecipeError(what, where="inputs.model", fix="use the model's folder, with that package beside it")
         if architecture is None:
             return
-        if found := obstacles(architecture, cfg, inputs["model"].extra.get("dtype")):
+        extra = inputs["model"].extra
+        if found := obstacles(architecture, cfg, extra.get("dtype"), extra.get("open", ())):
             raise RecipeError(problems=found)
 
     def estimate(self, cfg: ExportConfig, inputs: Mapping[str, ArtifactMeta]) -> Estimate:

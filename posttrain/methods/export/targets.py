@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,17 @@ from posttrain.models.architecture import (
 )
 
 
-def obstacles(arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None = None) -> list[Problem]:
+def obstacles(
+    arch: Mapping[str, Any], cfg: ExportConfig, dtype: str | None = None, left: Collection[str] = ()
+) -> list[Problem]:
     """Why an export in the layout `cfg.to` would not be exact, each with a remedy; empty where it is.
 
-    `dtype` is what the input is stored in, where that is known.
+    `dtype` is what the input is stored in, where that is known; `left`: fields that a stage yet to run decides.
     """
     if cfg.to == "native":
         return []
     if cfg.to == "deepseek_v3":
-        return exact.obstacles(arch, cfg, dtype)
+        return exact.obstacles(arch, cfg, dtype, left)
     found = exact_falcon.obstacles(arch)
     if cfg.loader != "transformers":
         what = f"loader={cfg.loader} is a way to write deepseek_v3: a falcon_h1 is the same for every loader"

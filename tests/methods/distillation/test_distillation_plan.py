@@ -165,3 +165,22 @@ def test_a_student_that_is_its_own_teacher_is_refused():
         STAGE.check(config(inputs=same), metas())
     STAGE.check(config(inputs={**same, "teacher": "model"}), metas())
     STAGE.check(config(inputs=same, ce_weight=0.5), metas())  # keeps a model near where it began
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "said"),
+    [
+        (("cpu", "single"), {}, "needs a GPU"),
+        (("cuda", "fsdp2"), {}, "whole model on every rank"),
+        (("cuda", "single"), {"packing": "documents"}, "differ in shape"),
+        (("cuda", "single"), {"teacher_device": "cpu"}, "another device"),
+        (("cuda", "ddp"), {"teacher_sharding": "sharded"}, "in shards"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_refused_by_the_plan(engine, settings, said):
+    with planning_for(*engine, 2), pytest.raises(RecipeError, match=f"(?s){said}.*cuda_graph=auto"):
+        STAGE.check(config(cuda_graph="on", **settings), metas())
+    with planning_for("cuda", "ddp", 2):
+        STAGE.check(config(cuda_graph="on"), metas())
+    with planning_for(*engine, 2):
+        STAGE.check(config(**settings), metas())

@@ -43,6 +43,22 @@ def test_the_plan_refuses_with_the_reason(architecture, changes, settings, said)
     Export().check(ExportConfig(to="deepseek_v3"), {"model": ArtifactMeta("model", architecture)})
 
 
+@pytest.mark.parametrize(
+    ("changes", "padded", "advice"),
+    [({}, False, "pad_ranks=true"), ({"qk_latent_layernorm": True, "rms_norm_eps": 1e-6}, True, "uniform")],
+)
+def test_ranks_that_a_conversion_will_choose_are_refused_before_it_runs(architecture, changes, padded, advice) -> None:
+    from posttrain.pipeline.stage import ArtifactMeta
+
+    extra = {"open": ["kv_lora_rank"]}
+    meta = ArtifactMeta("model", {**architecture, **changes}, extra=extra)
+    with pytest.raises(RecipeError, match="every layer a kv_lora_rank of its own") as caught:
+        Export().check(ExportConfig(to="deepseek_v3", pad_ranks=padded), {"model": meta})
+    assert advice in str(caught.value)
+    plain = ArtifactMeta("model", architecture, extra=extra)
+    Export().check(ExportConfig(to="deepseek_v3", pad_ranks=True), {"model": plain})
+
+
 def test_the_command_says_that_it_cannot_write(tmp_path, capsys) -> None:
     native = save(tmp_path)
     (tmp_path / "file").write_text("")
