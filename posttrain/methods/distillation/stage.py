@@ -184,7 +184,7 @@ def _graph_problems(cfg: DistillConfig) -> list[Problem]:
     if cfg.cuda_graph != "on":
         return []
     found = [reason for reason, holds in against.items() if holds][:1]
-    return [Problem(f"no CUDA graph of the training step: {why}", "cuda_graph=on", "cuda_graph=auto") for why in found]
+    return [Problem(f"no CUDA graph of the training step: {why}", "cuda_graph", "cuda_graph=auto") for why in found]
 
 
 def _load_teacher(ctx: StageContext, student: PreTrainedModel) -> PreTrainedModel:
