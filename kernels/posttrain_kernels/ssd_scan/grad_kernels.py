@@ -47,7 +47,7 @@ def chunk_grad_kernel(
     """
     line = tl.program_id(0).to(tl.int64)
     row = line // H
-    head = (line % H).to(tl.int32)
+    head = line % H  # 64 bits: where heads lie before tokens, its address passes 2^31
     part = tl.program_id(1)
     p_x += row * x_row + (head // X_SHARE) * x_head
     p_b += row * b_row + (head // B_SHARE) * b_head

@@ -31,7 +31,7 @@ def chunk_scan_kernel(
     blocks: tl.constexpr = P // BLOCK_P
     line = (tl.program_id(0) // blocks).to(tl.int64)
     row = line // H
-    head = (line % H).to(tl.int32)
+    head = line % H  # 64 bits: where heads lie before tokens, its address passes 2^31
     first_p = (tl.program_id(0) % blocks) * BLOCK_P
     part = tl.program_id(1)
     p_x += row * x_row + (head // X_SHARE) * x_head + first_p

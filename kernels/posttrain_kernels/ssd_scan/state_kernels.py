@@ -32,7 +32,7 @@ def sum_decays_kernel(
     """
     chunk = tl.program_id(0) % chunks
     row = (tl.program_id(0) // chunks).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     start = chunk.to(tl.int64) * L
     left = (T - start).to(tl.int32)
     at = tl.arange(0, L)
@@ -90,7 +90,7 @@ def chain_states_kernel(
     blocks: tl.constexpr = P // BLOCK_P
     line = (tl.program_id(0) // blocks).to(tl.int64)
     row = line // H
-    head = (line % H).to(tl.int32)
+    head = line % H  # 64 bits: where heads lie before tokens, its address passes 2^31
     first_p = (tl.program_id(0) % blocks) * BLOCK_P
     p_steps += line * chunks * L
     p_high += line * chunks * L
