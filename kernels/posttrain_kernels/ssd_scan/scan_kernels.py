@@ -80,7 +80,7 @@ def step_kernel(
 ):  # fmt: skip
     """One token: BLOCK_P rows of a head's state [P, N] are read and written once, and give as many outputs."""
     row = (tl.program_id(0) // H).to(tl.int64)
-    head = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     at_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     at_n = tl.arange(0, BLOCK_N)
     in_p, in_n = at_p < P, at_n < N

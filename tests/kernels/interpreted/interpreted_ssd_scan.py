@@ -77,24 +77,40 @@ def test_gradients_of_step_sizes_and_decays_among_strong_decays():
     judge(ssd_scan_reference, tensors, None, 1e-6, of_a=1e-5, plan=plan())
 
 
-def test_heads_further_apart_than_32_bits_count(tmp_path):
-    """Heads before tokens, in a long row: head times stride passes 2^31 elements where neither does."""
-    far = 2**30 + 16
+@pytest.fixture
+def apart(tmp_path):
+    """Copies of fp16 tensors whose heads lie so far apart that head times stride passes 2^31, though neither does."""
     # Mostly a hole in a file: a wrapped address lies in it and gives zeros.
     room = torch.from_file(str(tmp_path / "room"), shared=True, size=2 * (2**31 + 2**20), dtype=torch.float16)
 
-    def apart(tensor, number):
-        place = room.as_strided(tensor.shape, (0, tensor.shape[-1], far, 1), 2**31 + 4096 * number)
-        return place.copy_(tensor)
+    def copy(tensor, number):
+        """[1, T, H, ·] with tokens next to each other; `number`: of the copy, each has a place of its own."""
+        strides = (0, tensor.shape[-1], 2**30 + 16, 1)
+        return room.as_strided(tensor.shape, strides, 2**31 + 4096 * number).copy_(tensor)
 
+    return copy
+
+
+def test_heads_further_apart_than_32_bits_count(apart):
+    """Heads before tokens, in a long row."""
     x, dt, a, b, c, *_ = inputs((3, 3, 3), length=21, heads=3, dtype=torch.float16)
-    grad = randn(1, 21, 3, 16, seed=9, dtype=torch.float16)
-    near = [x, dt.half()[..., None], b, c, grad]
+    near = [x, dt.half()[..., None], b, c, randn(1, 21, 3, 16, seed=9, dtype=torch.float16)]
     found = []
     for x, dt, b, c, grad in (near, [apart(tensor, number) for number, tensor in enumerate(near)]):
         leaves = [tensor.detach().requires_grad_() for tensor in (x, dt[..., 0], a, b, c)]
         y, last = triton_scan(*leaves, None, None, None, 64, plan(run=16))
         found.append((y, last, *torch.autograd.grad(y, leaves, grad)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_step_of_heads_further_apart_than_32_bits_count(apart, triton_alone):
+    x, dt, a, b, c, d, state = inputs((3, 3, 3), length=1, heads=3, dtype=torch.float16)
+    near = [x, dt.half()[..., None], b, c]
+    found = []
+    for tensors in (near, [apart(tensor, number) for number, tensor in enumerate(near)]):
+        x, dt, b, c = (tensor[:, 0] for tensor in tensors)
+        cache = state.clone()
+        found.append((ssd_step(x, dt[..., 0], a, b, c, cache, d), cache))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
