@@ -195,6 +195,8 @@ def test_a_step_updates_the_state_in_place():
         ({"d": torch.ones(1)}, "d .* is not one number"),
         ({"initial_state": torch.ones(B, H, N, P)}, "the state"),
         ({"documents": torch.zeros(B, T)}, "documents .* must be integers"),
+        ({"documents": torch.zeros(B, T, dtype=torch.long, device="meta")}, "documents are on meta, x is on cpu"),
+        ({"x": torch.zeros(B, T, 0, 4)}, "0 heads of x"),
         ({"documents": torch.zeros(B, T + 1, dtype=torch.long)}, "documents"),
         ({"chunk": 0}, "chunks of 0"),
     ],

@@ -53,6 +53,8 @@ def ssd_scan(
         raise ValueError(f"nothing to scan: {x.shape[1]} tokens in chunks of {chunk}")
     if documents is not None and (documents.shape != x.shape[:2] or documents.is_floating_point()):
         raise ValueError(f"documents {tuple(documents.shape)} must be integers of shape {tuple(x.shape[:2])}")
+    if documents is not None and documents.device != x.device:
+        raise ValueError(f"documents are on {documents.device}, x is on {x.device}")
     run = triton_scan if supports_scan(x, dt, a, b, c, d, initial_state) else chunked_scan
     return run(x, dt, a, b, c, d, initial_state, documents, chunk)
 
@@ -114,7 +116,7 @@ def _check(
     if b.shape[:-2] != lead or c.shape[:-2] != lead or b.shape[-1] != c.shape[-1]:
         raise ValueError(f"b {tuple(b.shape)} and c {tuple(c.shape)} do not fit x {tuple(x.shape)}")
     for name, tensor in (("x", x), ("b", b), ("c", c)):
-        if heads % tensor.shape[-2]:
+        if not tensor.shape[-2] or heads % tensor.shape[-2]:
             raise ValueError(f"{tensor.shape[-2]} heads of {name} do not divide the {heads} heads of dt")
     for name, vector in (("a", a), ("d", d)):
         if vector is not None and vector.shape != (heads,):
