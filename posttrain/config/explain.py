@@ -28,7 +28,7 @@ def type_words(annotation: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(option) for option in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(type_words(argument) for argument in arguments)
+        return " or ".join(dict.fromkeys(type_words(argument) for argument in arguments))
     if origin in (list, tuple, set, frozenset):
         inner = [argument for argument in arguments if argument is not Ellipsis]
         return f"a list (each {type_words(inner[0])})" if inner else "a list"

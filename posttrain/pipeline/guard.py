@@ -12,6 +12,7 @@ from posttrain.pipeline.plan_text import big_number, size
 
 DATA_PASSES = 10
 """A training stage that goes over its data more often than this stops at the plan."""
+LOWER = "lower the stage's settings"
 
 
 def guard(plan: Plan) -> list[str]:
@@ -47,7 +48,7 @@ def _remedy(plan: Plan) -> str:
     smaller.sort(key=lambda text: text != "scale=demo")
     ways = [f"choose a smaller size ({' or '.join(smaller)})"] if smaller else []
     if chosen is not None or not smaller:
-        ways.append("lower the stage's settings")
+        ways.append(LOWER)
     return f"{', '.join(ways)}, or --yes to do it all the same"
 
 
@@ -57,6 +58,10 @@ def _tokens(planned: StagePlan, remedy: str) -> Problem | None:
         return None
     passes = f"{tokens / data:,.0f} times over" if data else "without any data"
     cost = f"{big_number(tokens)} tokens, but its data has {big_number(data)}"
+    steps = getattr(planned.cfg, "max_steps", 0) * DATA_PASSES * data // tokens
+    if steps:
+        own = f"lower stages.{planned.name}.max_steps to {steps}"
+        remedy = remedy.replace(LOWER, own) if LOWER in remedy else f"{own}, {remedy}"
     return Problem(f"stage {planned.name} would train on {cost}: {passes}", f"stages.{planned.name}", remedy)
 
 

@@ -9,7 +9,7 @@ import hydra
 import pytest
 
 from posttrain.config import load_recipe
-from posttrain.config.explain import in_section
+from posttrain.config.explain import in_section, type_words
 from posttrain.config.suggest import among
 from posttrain.config.validate import SECTIONS
 from posttrain.data.config import DataSourceConfig
@@ -422,3 +422,14 @@ def test_a_rule_that_names_no_override_is_told_of_the_stage(tmp_path: Path) -> N
     )
     (found,) = problems("./mine.yaml", ["stages.rl.answer.find=boxed"], cwd=tmp_path)
     assert "bundles of 7" in found.what and found.where == "mine.yaml:4"
+
+
+def test_alternatives_that_read_alike_are_said_once():
+    class One(BaseModel):
+        pass
+
+    class Other(BaseModel):
+        pass
+
+    assert type_words(One | Other) == "a section of keys and values"
+    assert type_words(One | int | Other | None) == "a section of keys and values or a whole number or null"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toy_stages
@@ -17,6 +18,7 @@ from posttrain.pipeline.guard import guard
 from posttrain.pipeline.lock import Lock
 from posttrain.pipeline.plan import RUNTIME_BYTES, make_plan
 from posttrain.pipeline.plan_text import big_number, duration, render, size
+from posttrain.pipeline.stage import Estimate
 
 
 def remember(plan):
@@ -123,6 +125,15 @@ def test_guard_stops_a_run_over_its_data_and_names_the_smaller_scales():
     assert "scale=demo or scale=smoke" in problem.fix and "--yes" in problem.fix
     with pytest.raises(RecipeError, match="--yes"):
         guard(make_plan(toy_recipe(steps=41)))
+
+
+@pytest.mark.parametrize("remedy", ["lower the stage's settings, or --yes", "choose a smaller size, or --yes"])
+def test_guard_says_for_how_many_steps_the_data_lasts(remedy):
+    cfg, estimate = SimpleNamespace(max_steps=50), Estimate(trainable=1, tokens=1000, data_tokens=41)
+    problem = guard_module._tokens(SimpleNamespace(name="train", cfg=cfg, estimate=estimate), remedy)
+    assert problem.fix.startswith("lower stages.train.max_steps to 20, ") and problem.fix.endswith("--yes")
+    within = replace(estimate, tokens=20 * 20)
+    assert guard_module._tokens(SimpleNamespace(name="train", cfg=cfg, estimate=within), remedy) is None
 
 
 def test_guard_offers_no_scale_that_is_as_large():
