@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from pydantic import BaseModel
 
 from posttrain.config import load_recipe
 from posttrain.config.explain import in_section, type_words
