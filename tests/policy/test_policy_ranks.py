@@ -109,6 +109,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     paths = os.pathsep.join([str(HERE), *sys.path])
     shared = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
     code = f"from pathlib import Path; import test_policy_ranks as t; t.of_rank(RANK, Path({str(folder)!r}))"
+    code += "; from posttrain.launch.rank import leave; leave(0)"  # as real ranks end
     port = str(20000 + os.getpid() % 20000)
     processes = [
         subprocess.Popen(

@@ -168,6 +168,7 @@ def run_jobs(world_size: int, jobs: dict[str, dict[str, Any]], folder: Path) -> 
     file = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
     code = f"from pathlib import Path; import sharded_world as w; w.of_rank(RANK, {world_size}, Path({str(file)!r}))"
+    code += "; from posttrain.launch.rank import leave; leave(0)"  # as real ranks end
     paths = os.pathsep.join([str(TESTS), str(TESTS / FOLDERS[0]), *sys.path])
     shared = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world_size)}
     port = str(20000 + (os.getpid() * 7 + len(list(folder.glob("jobs-*")))) % 20000)

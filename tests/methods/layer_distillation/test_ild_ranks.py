@@ -42,6 +42,8 @@ for job in json.loads(sys.argv[1]):
     except StopRequested as stop:
         assert stop.step == job["stop_after"], stop.step
 dist.destroy_process_group()
+from posttrain.launch.rank import leave
+leave(0)
 """
 
 
