@@ -62,7 +62,8 @@ def look(name, arguments):
 if {word!r} in sys.orig_argv:
     sys.addaudithook(look)
 """
-"""A rank stops itself when all is imported and nothing is on its GPU: before it opens a model's configuration."""
+"""A rank stops itself when all is imported and nothing is on its GPU: before it opens a model's configuration.
+`posttrain.testing.Pause` stops the first process that gets there, of any stage; here all ranks of one stage stop."""
 
 
 @dataclass

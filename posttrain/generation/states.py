@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from posttrain_kernels.mamba_step import conv_step, gated_norm
+from posttrain_kernels.rms_norm import rms_norm
 from posttrain_kernels.ssd_scan import ssd_scan, ssd_step
 from torch.nn import functional as F
 
@@ -102,11 +103,5 @@ class Mamba2(Mixer):
         parts = [part.unflatten(-1, (-1, self.width)) for part in mixed.split((narrow, narrow, self.inner), dim=-1)]
         for place, name in ((1, "b_norm"), (2, "c_norm")):
             if (weight := self.w.get(name)) is not None:
-                parts[place] = _rms(parts[place], self.eps).to(mixed.dtype) * weight
+                parts[place] = rms_norm(parts[place], weight, self.eps)[0]
         return tuple(parts)
-
-
-def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x over its root mean square along the last dimension, fp32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

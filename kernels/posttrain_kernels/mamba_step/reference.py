@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..inference import compute_dtype
+from ..rms_norm import rms_norm_reference
 
 
 def conv_step_reference(
@@ -38,7 +39,7 @@ def conv_step_reference(
     parts = list(mixed.unflatten(-1, (-1, width)).split(heads, dim=-2))
     for place, weight in ((1, b_norm), (2, c_norm)):
         if weight is not None:
-            parts[place] = _rms(parts[place], eps).to(mixed.dtype) * weight
+            parts[place] = rms_norm_reference(parts[place], weight, eps)[0]
     return torch.cat(parts, dim=-2)
 
 
@@ -48,10 +49,6 @@ def gated_norm_reference(y: Tensor, z: Tensor, weight: Tensor | None, eps: float
     gated = y.to(wide) * F.silu(z.to(wide))
     if weight is None:
         return gated.to(z.dtype)
-    return _rms(gated.unflatten(-1, (-1, width)), eps).flatten(-2).to(z.dtype) * weight
-
-
-def _rms(x: Tensor, eps: float) -> Tensor:
-    """x over its root mean square along the last dimension, fp32 or wider."""
-    wide = x.to(compute_dtype(x))
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    heads = gated.unflatten(-1, (-1, width))
+    normal = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps)
+    return normal.flatten(-2).to(z.dtype) * weight

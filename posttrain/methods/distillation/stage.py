@@ -15,7 +15,7 @@ from posttrain.methods.distillation.config import DistillConfig
 from posttrain.methods.distillation.estimate import cache_bytes, cache_notes, logit_copies, peak_of_both
 from posttrain.models.architecture import cache_bytes_per_token, parameter_count
 from posttrain.pipeline.context import StageContext
-from posttrain.pipeline.device import planned_strategy, plans_for_gpu
+from posttrain.pipeline.device import planned_ranks, planned_strategy, plans_for_gpu
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec
 from posttrain.training.adapters import adapter_parameters, target_problems
 from posttrain.training.estimate import (
@@ -174,12 +174,13 @@ def _cache_problems(cfg: DistillConfig, teacher: Mapping[str, Any] | None) -> li
 
 def _graph_problems(cfg: DistillConfig) -> list[Problem]:
     """Why a step that is asked for as a CUDA graph cannot be one, as far as a plan can tell."""
+    runs_teacher = cfg.teacher_cache is None
     against = {
         "it needs a GPU": not plans_for_gpu(),
         "it needs the whole model on every rank": planned_strategy() in SHARDED,
         "batches of packing=documents differ in shape": cfg.packing == "documents",
-        "the teacher is on another device": cfg.teacher_device != "same",
-        "the teacher is in shards": cfg.teacher_sharding == "sharded",
+        "the teacher is on another device": runs_teacher and cfg.teacher_device == "cpu",
+        "the teacher is in shards": runs_teacher and cfg.teacher_sharding == "sharded" and planned_ranks() > 1,
     }
     if cfg.cuda_graph != "on":
         return []

@@ -182,5 +182,9 @@ def test_a_graph_that_cannot_be_is_refused_by_the_plan(engine, settings, said):
         STAGE.check(config(cuda_graph="on", **settings), metas())
     with planning_for("cuda", "ddp", 2):
         STAGE.check(config(cuda_graph="on"), metas())
+        for cached in ({"teacher_device": "cpu"}, {"teacher_sharding": "sharded"}):  # no teacher runs in a step
+            STAGE.check(config(cuda_graph="on", teacher_cache={"top_k": 8}, **cached), metas())
+    with planning_for("cuda", "single", 1):
+        STAGE.check(config(cuda_graph="on", teacher_sharding="sharded"), metas())  # one rank holds it whole
     with planning_for(*engine, 2):
         STAGE.check(config(**settings), metas())
