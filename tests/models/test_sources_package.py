@@ -69,6 +69,15 @@ def test_converted_once_then_cached(wheel, tmp_path) -> None:
     assert not list((user_cache() / "scratch").iterdir())
 
 
+def test_a_plan_tells_of_fetching_only_what_is_used(wheel, tmp_path) -> None:
+    write_random_model(tmp_path / "mine", TINY, 0, "bfloat16")
+    packaged = ModelSourceConfig(package=wheel, architecture=TINY)
+    beside = packaged.model_copy(update={"path": str(tmp_path / "mine")})
+    stage = ModelSource()
+    assert "fetched with pip" in str(stage.estimate(packaged, {}).notes)
+    assert stage.estimate(beside, {}).notes == ()
+
+
 def test_damaged_cache_is_made_anew(wheel, tmp_path) -> None:
     folder = package.obtain(wheel, "bfloat16", context(tmp_path))
     good = (folder / "model.safetensors").read_bytes()
