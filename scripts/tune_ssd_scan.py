@@ -33,7 +33,7 @@ from benchmarks.heads import dtype_for
 from benchmarks.timing import measure
 
 PASSES = ("forward", "backward", "run", "states")
-COLUMNS = ("shape", "pass", "chunk", "width", "warps", "stages", "run", "ms", "verdict", "default")
+COLUMNS = ("shape", "pass", "chunk", "width", "warps", "stages", "tma", "run", "ms", "verdict", "default")
 WARMUP_MS, TIMED_MS = 50.0, 200.0
 """Of each launch shape: all of them take about a minute, most of it the compiler's."""
 
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         for plan in _plans(of, best, tiles, shape.tokens)[: options.tiles]:
             ms, verdict = _try(of, plan, inputs, expected, device)
             tile = _tile(of, plan)
-            row = (str(shape), of, tile.chunk, tile.width, tile.warps, tile.stages, plan.run or 0, ms, verdict)
+            numbers = (tile.chunk, tile.width, tile.warps, tile.stages, tile.tma + tile.tma_out, plan.run or 0)
+            row = (str(shape), of, *numbers, ms, verdict)
             rows.append(dict(zip(COLUMNS, (*row, _choice(of, plan) == _choice(of, default)), strict=True)))
             print(f"{of:9} {_text(of, plan)}  {ms:8.4f} ms  {verdict}", flush=True)
             timed += [(ms, plan)] if verdict == "right" else []
@@ -134,6 +135,7 @@ def _choice(of: str, plan: Plan) -> Tile | int | None:
 def _text(of: str, plan: Plan) -> str:
     tile = _tile(of, plan)
     shape = f"chunk {tile.chunk:3} width {tile.width:3} warps {tile.warps} stages {tile.stages}"
+    shape += f" tma {tile.tma + tile.tma_out}"
     return f"{shape} run {plan.run or 0:4}" if of in ("run", "backward") else shape
 
 

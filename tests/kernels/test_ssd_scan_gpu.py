@@ -96,12 +96,14 @@ def tiles(of: str) -> list[tuple[tuple[int, int], Tile, torch.dtype]]:
 
 def tile_name(value: object) -> str:
     if isinstance(value, Tile):
-        return f"L{value.chunk}-P{value.width}-w{value.warps}-s{value.stages}"
+        return f"L{value.chunk}-P{value.width}-w{value.warps}-s{value.stages}" + "-tma" * (value.tma + value.tma_out)
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def tile_inputs(width: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
-    return inputs((2, 2, 4), rows=2, length=333, heads=4, head=width[0], state=width[1], dtype=dtype, decay=0.05)
+def tile_inputs(width: tuple[int, int], dtype: torch.dtype, tile: Tile) -> list[Tensor]:
+    """The copy engine carries whole chunks alone."""
+    length = 320 if tile.tma else 333
+    return inputs((2, 2, 4), rows=2, length=length, heads=4, head=width[0], state=width[1], dtype=dtype, decay=0.05)
 
 
 @pytest.mark.parametrize(("width", "tile", "dtype"), tiles("forward"), ids=tile_name)
@@ -109,7 +111,7 @@ def test_every_forward_tile_that_tuning_may_choose(width, tile, dtype, poison_em
     """Compilers have miscompiled some tile sizes on this architecture: each is compared."""
     from posttrain_kernels.ssd_scan.launch import Scan, scan_forward
 
-    tensors, limit = on_gpu(tile_inputs(width, dtype)), TOLERANCE[dtype]
+    tensors, limit = on_gpu(tile_inputs(width, dtype, tile)), TOLERANCE[dtype]
     plan = replace(choose_plan(8, 333, *width, dtype.itemsize, 64), forward=tile)
     scan = Scan.of(*tensors[:6], None, 64, plan)
     y, last, _ = runnable(lambda: scan_forward(scan, tensors[6]))
@@ -122,7 +124,7 @@ def test_every_tile_of_states_that_tuning_may_choose(width, tile, dtype, poison_
     """States before and gradients after every chunk, both ways in one launch."""
     from posttrain_kernels.ssd_scan.launch import Scan, chunk_states, sum_decays
 
-    tensors, limit = on_gpu(tile_inputs(width, dtype)), TOLERANCE[dtype]
+    tensors, limit = on_gpu(tile_inputs(width, dtype, tile)), TOLERANCE[dtype]
     plan = Plan(tile, tile, Tile(tile.chunk, width[0], 8, 1), run=tile.chunk)
     scan = Scan.of(*tensors[:6], None, 64, plan)
     grad_y, grad_last = torch.randn_like(tensors[0][:, :, :1].expand(-1, -1, 4, -1)), torch.randn_like(tensors[6])
@@ -146,7 +148,7 @@ def test_every_tile_of_states_that_tuning_may_choose(width, tile, dtype, poison_
 def test_every_backward_tile_that_tuning_may_choose(width, tile, dtype, poison_empty):
     chosen = choose_plan(8, 333, *width, dtype.itemsize, 64)
     plan = Plan(chosen.forward, replace(chosen.states, chunk=tile.chunk), tile)
-    tensors, ids = tile_inputs(width, dtype), documents(2, 333, 64, 100)
+    tensors, ids = tile_inputs(width, dtype, tile), documents(2, 320 if tile.tma else 333, 64, 100)
     first = runnable(lambda: compare(tensors, ids, plan=plan))
     second = compare(tensors, ids, plan=plan)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))  # a race would show
@@ -207,8 +209,10 @@ def captured(run):
     return graph, out
 
 
-def test_a_captured_training_step_replays_on_new_inputs():
-    old, new = (on_gpu(inputs((2, 2, 8), length=300, heads=8, head=64, state=64, seed=s, decay=0.1)) for s in (0, 1))
+@pytest.mark.parametrize(("length", "dtype"), [(300, torch.float32), (320, torch.bfloat16)], ids=str)
+def test_a_captured_training_step_replays_on_new_inputs(length, dtype):
+    sizes = dict(length=length, heads=8, head=64, state=64, dtype=dtype, decay=0.1)
+    old, new = (on_gpu(inputs((2, 2, 8), seed=seed, **sizes)) for seed in (0, 1))
     leaves = [tensor.clone().requires_grad_() for tensor in old]
 
     def step():

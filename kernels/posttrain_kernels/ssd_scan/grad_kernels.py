@@ -29,40 +29,46 @@ from .parts import LENGTHS, advance, load_decays, load_tile, pair_decays, store_
 
 @triton.jit(do_not_specialize=LENGTHS)
 def chunk_grad_kernel(
-    p_x, p_b, p_c, p_dy, p_a, p_d, p_steps, p_high, p_low, p_leave, p_whole, p_resets, p_first, p_g,
+    p_x, p_b, p_c, p_dy, p_a, p_d, p_decays, p_whole, p_resets, p_first, p_g,
     p_dx, p_ddt, p_db, p_dc, p_da, p_dd,
     x_row, x_head, b_row, b_head, c_row, c_head, dy_row, dy_head, T, chunks, length, parts,
     x_token: tl.constexpr, b_token: tl.constexpr, c_token: tl.constexpr, dy_token: tl.constexpr,
     H: tl.constexpr, X_SHARE: tl.constexpr, B_SHARE: tl.constexpr, C_SHARE: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, FIRST: tl.constexpr,
     HAS_D: tl.constexpr, PACKED: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a head over one run of tokens; those of shared heads are summed by the caller.
 
     Args:
+        p_x, p_b, p_c, p_dy, p_g: if TMA, descriptors (see `load_tile`), of p_g as one matrix of N columns.
         p_first: states before the runs, [B, H, parts, P, N], if FIRST, else zero.
         p_g: gradients of the states after each chunk, [B, H, chunks, P, N].
-        p_dx, p_db, p_dc: [B, T, H, P or N]; p_ddt: [B, T, H]; p_da and p_dd: [B, H, parts].
+        p_dx, p_db, p_dc: [B, T, H, P or N], if TMA_OUT descriptors; p_ddt: [B, T, H]; p_da and p_dd: [B, H, parts].
         length: chunks of a run; parts: runs of a row.
     """
     line = tl.program_id(0).to(tl.int64)
     row = line // H
     head = line % H  # 64 bits: where heads lie before tokens, its address passes 2^31
     part = tl.program_id(1)
-    p_x += row * x_row + (head // X_SHARE) * x_head
-    p_b += row * b_row + (head // B_SHARE) * b_head
-    p_c += row * c_row + (head // C_SHARE) * c_head
-    p_dy += row * dy_row + head * dy_head
-    p_steps += line * chunks * L
-    p_high += line * chunks * L
-    p_low += line * chunks * L
-    p_leave += line * chunks * L
-    p_resets += row * chunks * L
+    x_at, b_at, c_at = (head // X_SHARE) * x_head, (head // B_SHARE) * b_head, (head // C_SHARE) * c_head
+    dy_at = head * dy_head
     place = row * T * H + head
-    p_dx += place * P
-    p_db += place * N
-    p_dc += place * N
+    if not TMA:
+        p_x += row * x_row + x_at
+        p_b += row * b_row + b_at
+        p_c += row * c_row + c_at
+        p_dy += row * dy_row + dy_at
+    if not TMA_OUT:
+        p_dx += place * P
+        p_db += place * N
+        p_dc += place * N
+    p_decays += line * chunks * (4 * L)
+    p_resets += row * chunks * L
     p_ddt += place
+    # Coordinates of the copy engine.
+    token, column = row.to(tl.int32) * T, head.to(tl.int32)
+    x_at, b_at, c_at, dy_at = x_at.to(tl.int32), b_at.to(tl.int32), c_at.to(tl.int32), dy_at.to(tl.int32)
     a = tl.load(p_a + head).to(tl.float32)
     d = tl.load(p_d + head).to(tl.float32) if HAS_D else 0.0
     at = tl.arange(0, L)
@@ -80,49 +86,54 @@ def chunk_grad_kernel(
         start = (begin + i).to(tl.int64) * L
         left = (T - start).to(tl.int32)
         whole = tl.load(p_whole + chunk)
-        b_g = tl.load(p_g + chunk * (P * N) + tile)
+        if TMA:
+            b_g = p_g.load([chunk.to(tl.int32) * P, 0])
+        else:
+            b_g = tl.load(p_g + chunk * (P * N) + tile)
         through = whole * tl.sum(b_g.to(tl.float32) * b_h)
         b_before = b_h.to(TYPE)
-        b_b = load_tile(p_b, start, b_token, left, L, N, TYPE)
-        b_x = load_tile(p_x, start, x_token, left, L, P, TYPE)
-        dt, high, low, resets, enter, leave = load_decays(p_steps, p_high, p_low, p_leave, p_resets, start, L, PACKED)
+        b_b = load_tile(p_b, token, b_at, start, b_token, left, L, N, TYPE, TMA)
+        b_x = load_tile(p_x, token, x_at, start, x_token, left, L, P, TYPE, TMA)
+        dt, high, low, resets, enter, leave = load_decays(p_decays, p_resets, begin + i, L, PACKED)
+        # First, since x and c are wanted in registers here alone.
+        b_w = tl.dot(b_b, tl.trans(b_g), input_precision=PRECISION)
+        leaving = leave * tl.sum(b_w * b_x.to(tl.float32), axis=1)
+        b_dy = load_tile(p_dy, token, dy_at, start, dy_token, left, L, P, TYPE, TMA)
+        b_c = load_tile(p_c, token, c_at, start, c_token, left, L, N, TYPE, TMA)
+        b_dc = tl.dot(b_dy, b_before, input_precision=PRECISION)
+        entering = enter * tl.sum(b_dc * b_c.to(tl.float32), axis=1)
         b_h = advance(b_h, whole, b_x, b_b, leave * dt, TYPE, PRECISION)
-        b_dy = load_tile(p_dy, start, dy_token, left, L, P, TYPE)
 
         b_q = tl.dot(b_x, tl.trans(b_dy), input_precision=PRECISION)
         if HAS_D:
             dd += tl.sum(tl.where(at[:, None] == at[None, :], b_q, 0.0), axis=1)
-        b_c = load_tile(p_c, start, c_token, left, L, N, TYPE)
         b_s = tl.dot(b_b, tl.trans(b_c), input_precision=PRECISION)
-        b_decay = pair_decays(b_s, high, low, resets, L, PACKED, True)
+        b_decay = pair_decays(high, low, resets, L, PACKED, True, TYPE)
         b_s *= b_decay
-        # [t, u], though in the registers of [u, t], as decays are; the product is [t, t'].
-        b_earlier = ((at[None, :] < at[:, None]) & (b_s == b_s)).to(TYPE)
-        direct = tl.sum(b_s * b_q, axis=1)
+        direct = leaving + tl.sum(b_s * b_q, axis=1)
         b_s *= dt[:, None]
         b_m = (b_s * b_q).to(TYPE)
         b_q = (b_q * b_decay * dt[:, None]).to(TYPE)
-        b_s = b_s.to(TYPE)
-        b_within = tl.dot(b_earlier, b_m, input_precision=PRECISION)
-        within = tl.sum(tl.where(at[None, :] >= at[:, None], b_within, 0.0), axis=1)
-        b_w = tl.dot(b_b, tl.trans(b_g), input_precision=PRECISION)
-        leaving = leave * tl.sum(b_w * b_x.to(tl.float32), axis=1)
-        direct += leaving
         b_w = b_w * (leave * dt)[:, None] + d * b_dy.to(tl.float32)
-        b_w = tl.dot(b_s, b_dy, acc=b_w, input_precision=PRECISION)
-        store_tile(p_dx, start, H * P, left, b_w, L, P)
+        b_w = tl.dot(b_s.to(TYPE), b_dy, acc=b_w, input_precision=PRECISION)
+        store_tile(p_dx, token, column * P, start, H * P, left, b_w, L, P, TMA_OUT)
 
         b_db = tl.dot(b_x, b_g, input_precision=PRECISION) * (leave * dt)[:, None]
         b_db = tl.dot(b_q, b_c, acc=b_db, input_precision=PRECISION)
-        store_tile(p_db, start, H * N, left, b_db, L, N)
+        store_tile(p_db, token, column * N, start, H * N, left, b_db, L, N, TMA_OUT)
 
-        b_dc = tl.dot(b_dy, b_before, input_precision=PRECISION)
-        entering = enter * tl.sum(b_dc * b_c.to(tl.float32), axis=1)
-        b_dc = b_dc * enter[:, None] + tl.trans(tl.dot(tl.trans(b_b), b_q, input_precision=PRECISION))
-        store_tile(p_dc, start, H * N, left, b_dc, L, N)
+        # Rounded before it goes through shared memory: half of the bytes, and room for a third chunk.
+        b_part = tl.dot(tl.trans(b_b), b_q, input_precision=PRECISION).to(TYPE)
+        b_dc = b_dc * enter[:, None] + tl.trans(b_part).to(tl.float32)
+        store_tile(p_dc, token, column * N, start, H * N, left, b_dc, L, N, TMA_OUT)
 
-        b_across = tl.where(at[None, :] >= at[:, None], entering[None, :], (leaving * dt)[None, :])
-        e = within + through + tl.sum(b_across, axis=1)
+        # [t, u], though in the registers of [u, t], as decays are; the product is [t, t'].
+        if N == L:
+            b_earlier = tl.where((at[None, :] < at[:, None]) & (b_dc == b_dc), 1.0, 0.0)
+        else:
+            b_earlier = tl.where((at[None, :] < at[:, None]) & (b_m == b_m), 1.0, 0.0)
+        b_across = tl.dot(b_earlier.to(TYPE), b_m, input_precision=PRECISION) + entering[None, :]
+        e = through + tl.sum(tl.where(at[None, :] >= at[:, None], b_across, (leaving * dt)[None, :]), axis=1)
         tl.store(p_ddt + (start + at) * H, (a * e + direct).to(p_ddt.dtype.element_ty), mask=at < left)
         da += dt * e
     tl.store(p_da + line * parts + part, tl.sum(da))

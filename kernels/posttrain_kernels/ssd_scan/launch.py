@@ -9,12 +9,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..inference import unit_stride
 from .grad_kernels import chunk_grad_kernel
 from .scan_kernels import chunk_scan_kernel, step_kernel
 from .state_kernels import chain_states_kernel, pass_states_kernel, sum_decays_kernel
-from .tiles import Plan, choose_plan
+from .tiles import Plan, Tile, choose_plan
 
 PASS_BLOCK = 512
 """State elements of a program that joins segments."""
@@ -114,6 +115,18 @@ class Scan:
         """From token to token; kernels are compiled for them, so that a tile's rows have one address."""
         return self.x.stride(1), self.b.stride(1), self.c.stride(1)
 
+    def copied(self, tile: Tile, *tensors: Tensor) -> bool:
+        """Whether the copy engine may carry the tile's chunks of these tensors [B, T, heads, width]."""
+        return tile.tma and self.sizes[1] % tile.chunk == 0 and all(map(self._describable, tensors))
+
+    def _describable(self, tensor: Tensor) -> bool:
+        """Whether all tokens of all rows are one matrix, of the operands' type, that the copy engine can address."""
+        rows, tokens, heads, width = tensor.shape
+        row, token, head, _ = tensor.stride()
+        whole = (rows == 1 or row == tokens * token) and token >= (heads - 1) * head + width
+        aligned = tensor.data_ptr() % 16 == 0 and token * tensor.element_size() % 16 == 0
+        return whole and aligned and rows * tokens < 2**31 and tensor.dtype == self.operands and has_copy_engine(tensor)
+
     def states(self, *lead: int) -> Tensor:
         """An fp32 buffer of states [B, H, lead, P, N]."""
         rows, _, heads, head, state = self.sizes
@@ -132,11 +145,13 @@ def scan_forward(scan: Scan, initial_state: Tensor | None) -> tuple[Tensor, Tens
     decays = sum_decays(scan, tile.chunk)
     if scan.segments > 1:
         first = _join_segments(scan, tile.chunk, decays, None, first)
+    tma, tma_out = scan.copied(tile, scan.x, scan.b, scan.c), tile.tma_out and scan.copied(tile, y)
     chunk_scan_kernel[(rows * heads * (head // tile.width), scan.segments)](
-        scan.x, scan.b, scan.c, scan.a if scan.d is None else scan.d, *decays, last if first is None else first,
-        y, last, *scan.strides, tokens, *scan.lengths(tile.chunk), *scan.token_strides,
-        L=tile.chunk, BLOCK_P=tile.width, FIRST=first is not None, HAS_D=scan.d is not None,
-        **scan.options, num_warps=tile.warps, num_stages=tile.stages,
+        boxed(tma, scan.x, tile.chunk, tile.width), *(boxed(tma, tensor, tile.chunk) for tensor in (scan.b, scan.c)),
+        scan.a if scan.d is None else scan.d, *decays, last if first is None else first,
+        boxed(tma_out, y, tile.chunk, tile.width), last, *scan.strides, tokens, *scan.lengths(tile.chunk),
+        *scan.token_strides, L=tile.chunk, BLOCK_P=tile.width, FIRST=first is not None, HAS_D=scan.d is not None,
+        TMA=tma, TMA_OUT=tma_out, **scan.options, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y, last, first
 
@@ -149,7 +164,7 @@ def scan_backward(
     `first` as `scan_forward` returned it. The states between chunks are computed anew, and their memory is free after
     this: kept from the forward pass it would be there for every layer at once.
     """
-    rows, tokens, heads, _, _ = scan.sizes
+    rows, tokens, heads, head, state = scan.sizes
     tile, device = scan.plan.backward, scan.x.device
     grad_y = unit_stride(grad_y)
     grad_last = None if grad_last is None else grad_last.contiguous()
@@ -160,36 +175,39 @@ def scan_backward(
     grad_x, grad_b, grad_c = (_gradient(scan, tensor) for tensor in (scan.x, scan.b, scan.c))
     grad_dt = torch.empty(rows, tokens, heads, dtype=scan.dt.dtype, device=device)
     parts = scan.runs
-    grad_a, grad_d = (torch.empty(rows, heads, parts, dtype=torch.float32, device=device) for _ in range(2))
+    grad_a, grad_d = grads = torch.empty(2, rows, heads, parts, dtype=torch.float32, device=device)
+    tma = scan.copied(tile, scan.x, scan.b, scan.c, grad_y)
+    tma_out = tile.tma_out and scan.copied(tile, grad_x, grad_b, grad_c)
     chunk_grad_kernel[(rows * heads, parts)](
-        scan.x, scan.b, scan.c, grad_y, scan.a, scan.a if scan.d is None else scan.d, *decays,
-        grad_first if first is None else first, after, grad_x, grad_dt, grad_b, grad_c, grad_a, grad_d,
+        *(boxed(tma, tensor, tile.chunk) for tensor in (scan.x, scan.b, scan.c, grad_y)),
+        scan.a, scan.a if scan.d is None else scan.d, *decays, grad_first if first is None else first,
+        boxed(tma, after.view(1, -1, 1, state), head), boxed(tma_out, grad_x, tile.chunk), grad_dt,
+        *(boxed(tma_out, grad, tile.chunk) for grad in (grad_b, grad_c)), grad_a, grad_d,
         *scan.strides, *grad_y.stride()[:3:2], tokens, *scan.lengths(tile.chunk)[:1], scan.run // tile.chunk, parts,
         *scan.token_strides, grad_y.stride(1), L=tile.chunk, FIRST=first is not None, HAS_D=scan.d is not None,
-        **scan.options, num_warps=tile.warps, num_stages=tile.stages,
+        TMA=tma, TMA_OUT=tma_out, **scan.options, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     shared = (_sum_heads(grad, like) for grad, like in ((grad_x, scan.x), (grad_b, scan.b), (grad_c, scan.c)))
     grad_x, grad_b, grad_c = shared
-    of_d = None if scan.d is None else grad_d.sum((0, 2))
-    return grad_x, grad_dt, grad_a.sum((0, 2)), grad_b, grad_c, of_d, grad_first
+    of_a, of_d = grads.sum((1, 3))
+    return grad_x, grad_dt, of_a, grad_b, grad_c, None if scan.d is None else of_d, grad_first
 
 
 def sum_decays(scan: Scan, chunk: int) -> tuple[Tensor, ...]:
-    """dt, high, low, leave, whole and resets of every chunk, as `sum_decays_kernel` describes them."""
+    """dt, high, low and leave in one, whole, and resets of every chunk, as `sum_decays_kernel` describes them."""
     rows, tokens, heads, _, _ = scan.sizes
     chunks = triton.cdiv(tokens, chunk)
-    each = torch.empty(4, rows, heads, chunks * chunk, dtype=torch.float32, device=scan.x.device)
+    each = torch.empty(rows, heads, chunks, 4, chunk, dtype=torch.float32, device=scan.x.device)
     whole = each.new_empty(rows, heads, chunks)
     # Where nothing is packed no resets are read, and any pointer does.
     resets = whole if scan.documents is None else each.new_empty(rows, chunks * chunk, dtype=torch.int32)
     block = min(DECAY_HEADS, triton.next_power_of_2(heads))
-    decays = (*each.unbind(0), whole, resets)
     sum_decays_kernel[(rows * chunks, triton.cdiv(heads, block))](
-        scan.dt, scan.a, scan.a if scan.documents is None else scan.documents, *decays,
+        scan.dt, scan.a, scan.a if scan.documents is None else scan.documents, each, whole, resets,
         *scan.dt.stride(), tokens, chunks,
         H=heads, L=chunk, BLOCK_H=block, PACKED=scan.documents is not None, num_warps=4,
     )  # fmt: skip
-    return decays
+    return each, whole, resets
 
 
 def chunk_states(
@@ -297,6 +315,20 @@ def _sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
     if gradient.shape[2] == like.shape[2]:
         return gradient
     return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+
+
+def has_copy_engine(tensor: Tensor) -> bool:
+    """Hopper and later; the interpreter on a CPU has one too."""
+    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] >= 9
+
+
+def boxed(tma: bool, tensor: Tensor, chunk: int, width: int | None = None) -> Tensor | TensorDescriptor:
+    """If `tma`, the copy engine's view of [B, T, heads, W]: a matrix of all tokens, in boxes [chunk, width]."""
+    if not tma:
+        return tensor
+    rows, tokens, heads, last = tensor.shape
+    columns = (heads - 1) * tensor.stride(2) + last
+    return TensorDescriptor(tensor, [rows * tokens, columns], [tensor.stride(1), 1], [chunk, width or last])
 
 
 def product_type(x: Tensor, b: Tensor, c: Tensor) -> torch.dtype:

@@ -14,16 +14,18 @@ from .parts import LENGTHS, advance, load_decays, load_tile, pair_decays, store_
 
 @triton.jit(do_not_specialize=LENGTHS)
 def chunk_scan_kernel(
-    p_x, p_b, p_c, p_d, p_steps, p_high, p_low, p_leave, p_whole, p_resets, p_first, p_y, p_end,
+    p_x, p_b, p_c, p_d, p_decays, p_whole, p_resets, p_first, p_y, p_end,
     x_row, x_head, b_row, b_head, c_row, c_head, T, chunks, length, segments,
     x_token: tl.constexpr, b_token: tl.constexpr, c_token: tl.constexpr,
     H: tl.constexpr, X_SHARE: tl.constexpr, B_SHARE: tl.constexpr, C_SHARE: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
     FIRST: tl.constexpr, HAS_D: tl.constexpr, PACKED: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of BLOCK_P of P columns of a head over one segment of a row, and the row's last state.
 
     Args:
+        p_x, p_b, p_c: descriptors if TMA, see `load_tile`; and p_y if TMA_OUT.
         p_first: states before the segments, if FIRST, else zero.
         p_y: [B, T, H, P]; p_end: the state after the row.
         length: chunks of a segment.
@@ -34,15 +36,19 @@ def chunk_scan_kernel(
     head = line % H  # 64 bits: where heads lie before tokens, its address passes 2^31
     first_p = (tl.program_id(0) % blocks) * BLOCK_P
     part = tl.program_id(1)
-    p_x += row * x_row + (head // X_SHARE) * x_head + first_p
-    p_b += row * b_row + (head // B_SHARE) * b_head
-    p_c += row * c_row + (head // C_SHARE) * c_head
-    p_y += (row * T * H + head) * P + first_p
-    p_steps += line * chunks * L
-    p_high += line * chunks * L
-    p_low += line * chunks * L
-    p_leave += line * chunks * L
+    x_at, b_at = (head // X_SHARE) * x_head + first_p, (head // B_SHARE) * b_head
+    c_at, y_at = (head // C_SHARE) * c_head, head * P + first_p
+    if not TMA:
+        p_x += row * x_row + x_at
+        p_b += row * b_row + b_at
+        p_c += row * c_row + c_at
+    if not TMA_OUT:
+        p_y += row * T * (H * P) + y_at
+    p_decays += line * chunks * (4 * L)
     p_resets += row * chunks * L
+    # Coordinates of the copy engine.
+    token = row.to(tl.int32) * T
+    x_at, b_at, c_at, y_at = x_at.to(tl.int32), b_at.to(tl.int32), c_at.to(tl.int32), y_at.to(tl.int32)
     d = tl.load(p_d + head).to(tl.float32) if HAS_D else 0.0
     # [N, BLOCK_P] in registers: no product has the state transposed.
     tile = (first_p + tl.arange(0, BLOCK_P))[None, :] * N + tl.arange(0, N)[:, None]
@@ -55,17 +61,17 @@ def chunk_scan_kernel(
         start = (begin + i).to(tl.int64) * L
         left = (T - start).to(tl.int32)
         whole = tl.load(p_whole + line * chunks + begin + i)
-        b_x = load_tile(p_x, start, x_token, left, L, BLOCK_P, TYPE)
-        b_b = load_tile(p_b, start, b_token, left, L, N, TYPE)
-        b_c = load_tile(p_c, start, c_token, left, L, N, TYPE)
-        dt, high, low, resets, enter, leave = load_decays(p_steps, p_high, p_low, p_leave, p_resets, start, L, PACKED)
+        b_x = load_tile(p_x, token, x_at, start, x_token, left, L, BLOCK_P, TYPE, TMA)
+        b_b = load_tile(p_b, token, b_at, start, b_token, left, L, N, TYPE, TMA)
+        b_c = load_tile(p_c, token, c_at, start, c_token, left, L, N, TYPE, TMA)
+        dt, high, low, resets, enter, leave = load_decays(p_decays, p_resets, begin + i, L, PACKED)
         b_y = tl.dot(b_c, b_state.to(TYPE), input_precision=PRECISION) * enter[:, None]
         b_mix = tl.dot(b_c, tl.trans(b_b), input_precision=PRECISION)
-        b_mix *= pair_decays(b_mix, high, low, resets, L, PACKED, False) * dt[None, :]
+        b_mix *= pair_decays(high, low, resets, L, PACKED, False, TYPE) * dt[None, :]
         b_y = tl.dot(b_mix.to(TYPE), b_x, acc=b_y, input_precision=PRECISION)
         if HAS_D:
             b_y += d * b_x.to(tl.float32)
-        store_tile(p_y, start, H * P, left, b_y, L, BLOCK_P)
+        store_tile(p_y, token, y_at, start, H * P, left, b_y, L, BLOCK_P, TMA_OUT)
         b_state = advance(b_state, whole, b_b, b_x, leave * dt, TYPE, PRECISION)
     if part == segments - 1:
         tl.store(p_end + line * (P * N) + tile, b_state)

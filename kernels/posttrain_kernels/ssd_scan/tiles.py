@@ -29,12 +29,15 @@ class Tile:
         chunk: tokens of an iteration, a power of two, 16 at least.
         width: columns of the head width P of a program, at most (the gradients need all of them in one).
         warps: of a program; stages: chunks in flight.
+        tma: chunks come through the copy engine where inputs are laid out for it; tma_out: and results leave so.
     """
 
     chunk: int
     width: int
     warps: int
     stages: int
+    tma: bool = False
+    tma_out: bool = False
 
     def cut(self, chunk: int, head: int) -> Tile:
         """The tile for a caller who wants `chunk` tokens at most, and heads `head` wide."""
@@ -69,9 +72,9 @@ class Plan:
             raise ValueError(f"chunks of {chunks} tokens, runs of {self.run} and segments of {self.segment} do not fit")
 
 
-FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2)}
+FORWARD = {64: Tile(64, 64, 4, 4, tma=True, tma_out=True), 128: Tile(64, 64, 4, 2)}
 STATES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
-BACKWARD = {64: Tile(64, 128, 4, 2), 128: Tile(32, 128, 8, 1)}
+BACKWARD = {64: Tile(64, 128, 4, 2, tma=True, tma_out=True), 128: Tile(32, 128, 8, 1)}
 """By the wider of P and N (at most), for 16-bit operands: at 64 timed on an H100, at 128 chosen by what the compiler
 says (`scripts/tune_ssd_scan.py --groups 32 32 32`)."""
 WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
@@ -123,8 +126,19 @@ def candidates(head: int, state: int, itemsize: int) -> dict[str, list[Tile]]:
     warps = (4,) if max(head, state) <= 64 and itemsize == 2 else (4, 8)
     widths = sorted({min(head, width) for width in (32, 64)})
     scan = [Tile(*shape) for shape in product(chunks, widths, warps, stages)]
-    back = [Tile(chunk, head, *shape) for chunk, *shape in product(chunks, warps, sorted({1, *stages}))]
+    back = [Tile(chunk, head, *shape) for chunk, *shape in product(chunks, warps, (1, 2))]
     # An accumulator [chunk, chunk] or [N, P] of more registers than a thread has is spilled: never fast.
     back = [t for t in back if max(t.chunk**2, head * state, t.chunk * max(head, state)) <= t.warps * 32 * 64]
     scan = [t for t in scan if max(t.chunk**2, state * t.width, t.chunk * t.width) <= t.warps * 32 * 128]
-    return {"forward": scan, "states": scan, "backward": back}
+    return {
+        "forward": scan + [replace(t, stages=t.stages + 1) for t in _carried(scan, widths[-1], (False, True))],
+        "states": scan,
+        "backward": back + [replace(t, stages=t.stages + 1) for t in _carried(back, head, (False, True))],
+    }
+
+
+def _carried(tiles: list[Tile], width: int, out: tuple[bool, ...]) -> list[Tile]:
+    """The largest of the tiles once more with the copy engine."""
+    chunk = max((tile.chunk for tile in tiles if tile.width == width), default=0)
+    largest = [tile for tile in tiles if tile.width == width and tile.chunk == chunk]
+    return [replace(tile, tma=True, tma_out=leave) for tile in largest for leave in out]

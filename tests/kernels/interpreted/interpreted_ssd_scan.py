@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import poisoned, randn, relative_error
 from posttrain_kernels.ssd_scan import op, ssd_scan, ssd_scan_reference, ssd_step, ssd_step_reference
-from posttrain_kernels.ssd_scan.launch import product_type
+from posttrain_kernels.ssd_scan.launch import Scan, product_type
 from posttrain_kernels.ssd_scan.tiles import Plan, Tile
 from posttrain_kernels.ssd_scan.triton_scan import triton_scan
 from ssd_scan_cases import NAMES, documents, inputs, judge
@@ -17,9 +19,10 @@ LAYOUTS = [(4, 4, 4), (2, 2, 4), (4, 1, 1)]
 """Heads of x, b and c: all; shared values and keys of grouped-query attention; stock with one group."""
 
 
-def plan(segment=None, forward=16, backward=16, width=16, run=None):
+def plan(segment=None, forward=16, backward=16, width=16, run=None, tma=False):
     """Tiles small enough that every loop runs several times and ends ragged."""
-    return Plan(Tile(forward, width, 4, 1), Tile(backward, width, 4, 1), Tile(backward, 32, 4, 1), segment, run)
+    tiles = (Tile(forward, width, 4, 1), Tile(backward, width, 4, 1), Tile(backward, 32, 4, 1))
+    return Plan(*(replace(tile, tma=tma, tma_out=tma) for tile in tiles), segment, run)
 
 
 PACKED = documents(1, 37, 16, 17, 30)
@@ -49,6 +52,37 @@ def test_several_rows_widths_and_blocks_of_columns(head, state):
     tensors = inputs((1, 2, 1), rows=2, length=21, heads=2, head=head, state=state)
     ids = documents(2, 21, 5)
     judge(ssd_scan_reference, tensors, ids, 1e-6, of_a=2e-5, plan=plan(forward=32))
+
+
+@pytest.mark.parametrize("ids", [None, documents(2, 64, 16, 33)], ids=["one", "packed"])
+@pytest.mark.parametrize(("segment", "run", "width"), [(None, None, 32), (32, None, 16), (None, 32, 16)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_copy_engine(layout, segment, run, width, ids):
+    tensors = inputs(layout, rows=2, length=64, head=32, decay=0.1)
+    judge(ssd_scan_reference, tensors, ids, 1e-6, of_a=2e-5, plan=plan(segment, 32, 16, width, run, tma=True))
+
+
+def test_the_copy_engine_on_slices_of_one_projection():
+    tensors = inputs((2, 2, 2), rows=2, heads=2, length=32)
+    x, b, c = torch.cat([tensors[i].flatten(2) for i in (0, 3, 4)], -1).split(32, dim=-1)
+    tensors[0], tensors[3], tensors[4] = (part.unflatten(2, (2, 16)) for part in (x, b, c))
+    scan = Scan.of(*tensors[:6], None, 64, plan(tma=True))
+    assert scan.copied(scan.plan.forward, scan.x, scan.b, scan.c)
+    y, last = triton_scan(*tensors, None, 64, plan(tma=True))
+    expected, state = ssd_scan_reference(*(t.double() for t in tensors[:6]), initial_state=tensors[6].double())
+    assert relative_error(y, expected) < 1e-6 and relative_error(last, state) < 1e-6
+
+
+def test_what_the_copy_engine_cannot_carry():
+    x, dt, a, b, c, d, _ = inputs((2, 2, 2), rows=2, heads=2, length=48)
+    scan = Scan.of(x, dt, a, b, c, d, None, 64, plan(tma=True))
+    tile = scan.plan.forward
+    assert scan.copied(tile, x, b, c) and not scan.copied(replace(tile, tma=False), x)
+    assert not scan.copied(replace(tile, chunk=32), x)  # a ragged chunk
+    assert not scan.copied(tile, x, torch.cat([b, b], 1)[:, :48])  # rows with gaps between them
+    assert not scan.copied(tile, x.transpose(1, 2).contiguous().transpose(1, 2))  # heads before tokens
+    assert not scan.copied(tile, torch.zeros(2 * 48 * 32 + 1)[1:].view(x.shape))  # not on 16 bytes
+    assert not scan.copied(tile, x.half())
 
 
 @pytest.mark.parametrize("decay", [1e-4, 20.0])
