@@ -12,7 +12,8 @@ stand still (SIGSTOP) before they read their weights; then each has as many of `
 it has trained, in the order in which arms are named. With `--share N` each GPU carries N arms and no speed is told.
 Efficiency is steps a second (of the second half) over ranks times those of the same engine at one rank. Memory planned
 is `posttrain plan`'s, a rank. Each final model is loaded by plain transformers in a process that cannot import
-posttrain. `--kill STEP` does every arm of several ranks once more, kills its last rank after that step and resumes.
+posttrain. `--kill STEP` does every arm of several ranks once more, where nothing has been trained yet, kills its last
+rank after that step and resumes.
 """
 
 from __future__ import annotations
@@ -239,9 +240,15 @@ class Bench:
         return done.returncode == 0
 
     def killed(self, engine: str, ranks: int, out: Path, gpus: list[int]) -> list[dict[str, float]]:
-        """The history of a run of which the last rank is killed after a step and that is resumed then."""
-        stage, words, step = self.arguments.stage, self.words(engine, ranks, out), self.arguments.kill
-        words += [f"stages.{stage}.save_every={self.arguments.save_every}", "--until", stage, "--force", stage]
+        """The history of a run of which the last rank is killed after a step and that is resumed then.
+
+        In a folder without the stage's artifact: with one, the resumed run could have taken that.
+        """
+        stage, step, before = self.arguments.stage, self.arguments.kill, out
+        out = out.with_name(f"{out.name}-killed")
+        link(before, out, leave=self.folder_of_stage(before))
+        words = self.words(engine, ranks, out)
+        words += [f"stages.{stage}.save_every={self.arguments.save_every}", "--until", stage]
         events = out / "runs" / "killed" / "events.jsonl"
         self.take(gpus)
         try:
@@ -259,7 +266,16 @@ class Bench:
             self.check(self.start(out, "resume", "killed", "--outputs", str(out), gpus=gpus), out)
         finally:
             self.give(gpus)
+        again = told(events, stage, "stage_started")[1:]
+        steps = [one["done"] for one in told(events, stage, "progress") if again and one["time"] > again[0]["time"]]
+        if not steps or min(steps) <= 1:
+            raise RuntimeError(f"{engine} with {ranks} ranks was not resumed from a checkpoint: {out / 'log.txt'}")
+        print(f"{engine}: resumed at step {min(steps):g}", flush=True)
         return self.artifact(out, "killed")[1]
+
+    def folder_of_stage(self, out: Path) -> Path:
+        """Where the store has what the arm's run has trained."""
+        return (out / "runs" / "arm" / "artifacts" / self.arguments.stage).resolve()
 
     def folder(self, arm: str) -> Path:
         return self.out / arm.replace(":", "-")
@@ -306,10 +322,14 @@ def go_on(gate: Path) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
-def link(source: Path, target: Path) -> None:
-    """`target` with the artifacts of `source`; files of a store are never written again."""
+def link(source: Path, target: Path, leave: Path | None = None) -> None:
+    """`target` with the artifacts of `source`, but `leave`; files of a store are never written again."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source / "store", target / "store", symlinks=True, copy_function=os.link)
+
+    def left(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if leave is not None and Path(folder, name).resolve() == leave]
+
+    shutil.copytree(source / "store", target / "store", symlinks=True, copy_function=os.link, ignore=left)
 
 
 def told(events: Path, stage: str, event: str) -> list[dict[str, Any]]:

@@ -12,7 +12,10 @@ def command(
     run: Annotated[str | None, typer.Argument(help="Run name or its beginning; the newest run when omitted.")] = None,
     outputs: Annotated[Path, typer.Option(metavar="DIR", help="The outputs folder.")] = Path("outputs"),
 ) -> int:
-    """Continue a run that was stopped, killed or has failed; the recipe is the one it was started with.
+    """Continue a run that was stopped, killed or has failed, with the recipe and the stages it was started with.
+
+    What `--until`, `--from` or `--only` left out stays out: `posttrain run` of the same recipe does the rest. What
+    `--force` was to do again is done again, from where it stopped.
 
     A run that was submitted to Slurm is submitted again: the stages that are neither done nor in the queue.
 
@@ -24,4 +27,4 @@ def command(
 
     found = find_run(run, outputs.absolute())
     # The recipe was held against the guard, or waved through, when the run was started.
-    return execute(lambda: frozen_plan(found), yes=True, detach=True)
+    return execute(lambda: frozen_plan(found, as_started=True), yes=True, detach=True)

@@ -71,6 +71,9 @@ class Execution(StageRunner):
     def _retired(self, lost: list[StagePlan]) -> None:
         self._freeze()
 
+    def _rerun(self, planned: StagePlan) -> None:
+        self._freeze()
+
     def _stages(self) -> tuple[str, int, str]:
         for planned in self.plan.stages:
             if planned.status == "cached" and planned.artifact is not None:
@@ -150,6 +153,9 @@ def make_record(plan: Plan, created: float) -> dict[str, Any]:
                 **{field: planned.to_json()[field] for field in ("name", "type", "key", "inputs")},
                 "artifact": plan.store.folder(planned.stage.type, planned.key).relative_to(plan.outputs).as_posix(),
                 "status": "cached" if planned.status == "cached" else "pending",
+                "selected": planned.selected,
+                "forced": planned.forced,
+                "begun": planned.forced and planned.begun,
                 "key_document": planned.document,
             }
             for planned in plan.stages

@@ -10,8 +10,12 @@ from posttrain.pipeline.plan import Plan, make_plan
 from posttrain.pipeline.run_dir import RunDir
 
 
-def frozen_plan(run: RunDir) -> Plan:
-    """The plan of a run's frozen recipe, in the folder the run was started in if that is where it still is."""
+def frozen_plan(run: RunDir, *, as_started: bool = False) -> Plan:
+    """The plan of a run's frozen recipe, in the folder the run was started in if that is where it still is.
+
+    Args:
+        as_started: keep to the stages that the run was started with, and to what it was forced to do and has not done.
+    """
     from posttrain.config.recipe import load_resolved
 
     record = run.record()
@@ -22,4 +26,14 @@ def frozen_plan(run: RunDir) -> Plan:
     if started_in.is_dir() and (started_in / resolved.frame.paths.outputs).resolve() == run.outputs.resolve():
         # Relative paths in the recipe (a model's folder, a data file) are relative to this folder.
         os.chdir(started_in)
-    return make_plan(resolved, name=run.name, outputs=run.outputs)
+    stages = {stage["name"]: stage for stage in record["stages"]} if as_started else {}
+    # Of a job on a cluster nobody notes that it has begun or is done.
+    forced = [name for name in stages if stages[name].get("forced") and resolved.frame.launcher.type != "slurm"]
+    return make_plan(
+        resolved,
+        force=forced,
+        name=run.name,
+        outputs=run.outputs,
+        selected={name for name in stages if stages[name].get("selected", True)} if stages else None,
+        begun=[name for name in forced if stages[name]["begun"]],
+    )

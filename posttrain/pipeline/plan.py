@@ -45,6 +45,7 @@ class StagePlan:
     Attributes:
         status: "cached", "pending", or "running" (some process works on that key now).
         selected: False when --from, --until or --only leave the stage out.
+        forced: to run although it is in the store, until it has; begun: it has started to, and then goes on.
         reasons: why it must run, or what will happen.
         outputs: metas, measured for a cached stage, else predicted.
         artifact: the finished artifact of a cached stage.
@@ -67,6 +68,7 @@ class StagePlan:
     estimate: Estimate = field(default_factory=Estimate)
     artifact: Artifact | None = None
     resumes: bool = False
+    begun: bool = False
 
     @property
     def to_do(self) -> bool:
@@ -135,6 +137,8 @@ def make_plan(
     name: str | None = None,
     outputs: Path | None = None,
     replacing: str | None = None,
+    selected: set[str] | None = None,
+    begun: Iterable[str] = (),
 ) -> Plan:
     """Plan a resolved recipe; writes nothing but the user's cache of digests.
 
@@ -144,6 +148,8 @@ def make_plan(
         name: run name instead of the recipe's or the default one.
         outputs: folder instead of the recipe's `paths.outputs`.
         replacing: a stage whose artifact is about to be replaced, so that damage to it is no error.
+        selected: the selection itself, in place of the three.
+        begun: those of `force` that have begun to run again.
 
     Raises:
         RecipeError: all references, checks and selections that are wrong, at once; or a name that no run may have.
@@ -151,7 +157,7 @@ def make_plan(
     if name is not None:
         check_run_name(name)
     graph = Graph({stage_name: (registry.stage(cfg.type), cfg) for stage_name, cfg in resolved.stages.items()})
-    selected = graph.select(from_, until, only)
+    selected = graph.select(from_, until, only) if selected is None else selected
     forced = set(force)
     for stage_name in forced:
         graph.require(stage_name, "--force")
@@ -159,7 +165,8 @@ def make_plan(
             raise RecipeError(f"--force {stage_name}: that stage is left out", fix="widen --from, --until or --only")
     folder = Path(os.path.abspath(outputs or resolved.frame.paths.outputs))
     previous = _previous_stages(resolved.recipe, folder)
-    stages = _Planner(resolved, graph, Store(folder / "store"), selected, forced, previous, replacing).plan()
+    store = Store(folder / "store")
+    stages = _Planner(resolved, graph, store, selected, forced, set(begun), previous, replacing).plan()
     recipe_digest = digest_of_recipe(resolved, graph)
     run_name = name or resolved.frame.run.name or f"{resolved.recipe}-{recipe_digest[:8]}"
     return Plan(resolved, folder, run_name, recipe_digest, stages)
@@ -195,10 +202,11 @@ class _Planner:
         store: Store,
         selected: set[str],
         forced: set[str],
+        begun: set[str],
         previous: dict[str, dict[str, Any]],
         replacing: str | None,
     ) -> None:
-        self.replacing = replacing
+        self.replacing, self.begun = replacing, begun
         self.seed, self.resolved = resolved.frame.seed, resolved
         self.graph, self.store, self.selected, self.forced, self.previous = graph, store, selected, forced, previous
         self.engine, self.device = resolved.frame.engine, resolved.frame.engine.device
@@ -239,7 +247,7 @@ class _Planner:
         """Status and reasons."""
         name, type_, key = planned.name, planned.stage.type, planned.key
         planned.selected = name in self.selected
-        planned.forced = name in self.forced
+        planned.forced, planned.begun = name in self.forced, name in self.begun
         work_dir = self.store.work_dir(type_, key)
         try:
             artifact = self.store.find(type_, key)
@@ -259,7 +267,7 @@ class _Planner:
             if adopted := artifact.manifest.get("adopted"):
                 planned.reasons = [f"adopted from {adopted['from']}"]
             return
-        planned.resumes = work_dir.exists() and not planned.forced
+        planned.resumes = work_dir.exists() and (planned.begun or not planned.forced)
         if held(work_dir / "lock"):
             planned.status, planned.reasons = "running", ["being computed now"]
         else:

@@ -74,6 +74,9 @@ class StageRunner:
     def _retired(self, lost: list[StagePlan]) -> None:
         """Stages have lost artifacts that were made from outputs which a rerun replaced."""
 
+    def _rerun(self, planned: StagePlan) -> None:
+        """A forced stage has begun, or is done."""
+
     def _cached(self, planned: StagePlan, artifact: Artifact) -> None:
         self.finished[planned.name] = artifact
         self.run_dir.link_artifact(planned.name, artifact.folder)
@@ -145,9 +148,12 @@ class StageRunner:
             discard_tree(work_dir)
             return "cached", ""
         if planned.forced:
-            clear_work(work_dir)
+            if not planned.begun:
+                clear_work(work_dir)
             if artifact is not None:
                 store.set_aside(type_, key)
+            planned.begun = True
+            self._rerun(planned)
         try:
             job = self._job(planned)
         except PosttrainError as error:
@@ -264,6 +270,9 @@ class StageRunner:
             self.finished[planned.name] = artifact
             self.run_dir.link_artifact(planned.name, artifact.folder)
             discard_tree(work_dir)
+            if planned.forced:
+                planned.forced = False
+                self._rerun(planned)
             self.log.append("stage_finished", planned.name, seconds=artifact.manifest["seconds"])
             return "done", ""
         if outcome is not None and outcome["status"] == "stopped":
