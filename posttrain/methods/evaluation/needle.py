@@ -14,7 +14,7 @@ from posttrain.generation.tokens import stop_tokens
 from posttrain.methods.evaluation.config import NeedleSettings
 from posttrain.methods.evaluation.haystack import Prompt, contains_key, make_prompts
 from posttrain.methods.evaluation.intervals import Json, mean_intervals, share_interval, verdict
-from posttrain.methods.evaluation.prefix import Prefix, greedy, logprob, prefix_class
+from posttrain.methods.evaluation.prefix import Prefix, greedy, logprobs, prefix_class
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.files import write_text
 
@@ -68,7 +68,7 @@ def _answers(
 def answer(reader: type[Prefix], model: Any, tokenizer: Any, prompt: Prompt, most: int, stop: Sequence[int]) -> Found:
     """Read the prompt once, score its candidates, answer it greedily."""
     prefix, needle = reader(model, prompt.ids), prompt.needle
-    scores = [logprob(prefix, tokens) for tokens in prompt.keys]
+    scores = logprobs(prefix, prompt.keys)
     if not all(map(math.isfinite, scores)):
         fail(
             f"needle: the model's output behind {len(prompt.ids)} tokens is not a finite number",

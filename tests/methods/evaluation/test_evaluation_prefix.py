@@ -11,7 +11,7 @@ from needle_case import POSITIONS, Scripted, copying, prompts
 from source_models import make_source
 
 from posttrain.methods.evaluation.needle import answer
-from posttrain.methods.evaluation.prefix import Prefix, Reread, greedy, logprob, prefix_class
+from posttrain.methods.evaluation.prefix import Narrow, Prefix, Reread, greedy, logprob, logprobs, prefix_class
 from posttrain.models.tiny import tiny_tokenizer
 
 
@@ -48,7 +48,7 @@ def mixed(*mixers: str):
         ("mamba2", "latent_attention"),
     ],
 )
-def test_log_probabilities_behind_a_cache_are_those_of_the_whole_text(mixers: tuple[str, ...]) -> None:
+def test_log_probabilities_behind_a_cache_are_those_of_the_whole_text(mixers: tuple[str, ...], monkeypatch) -> None:
     model = mixed(*mixers).double()
     assert prefix_class("model", model) is Prefix
     one = prompts(lengths=[460])[3]
@@ -61,6 +61,11 @@ def test_log_probabilities_behind_a_cache_are_those_of_the_whole_text(mixers: tu
         # Log-probabilities are taken in fp32.
         assert logprob(prefix, tokens) == pytest.approx(expected, rel=1e-5)
         assert logprob(reread, tokens) == pytest.approx(expected, rel=1e-5)
+    keys = [*one.keys, one.keys[1][:1], one.keys[0][:-1]]
+    alone = pytest.approx([logprob(prefix, tokens) for tokens in keys], rel=1e-6)
+    assert prefix.places() > len(keys) and logprobs(prefix, keys) == alone == logprobs(reread, keys)
+    monkeypatch.setattr(Prefix, "places", lambda self: 3)
+    assert logprobs(prefix, keys) == alone
     written, ids = greedy(prefix, 8, ()), list(one.ids)
     for token in written:
         with torch.no_grad():
@@ -94,7 +99,7 @@ def test_a_model_whose_cache_takes_single_tokens_only_reads_again(caplog) -> Non
     def by_all(ids):
         return torch.randn(300, generator=torch.Generator().manual_seed(sum(ids)))
 
-    assert prefix_class("model", Scripted(by_all)) is Prefix and not caplog.records
+    assert prefix_class("model", Scripted(by_all)) is Narrow and not caplog.records  # its cache is a list
     for kind, says in ((Single, "one token at a time"), (Wrong, "other logits"), (Shared, "other logits")):
         caplog.clear()
         assert prefix_class("model", kind(by_all)) is Reread
