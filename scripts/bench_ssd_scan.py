@@ -33,11 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(device, measured.ceilings, quick=device.type == "cpu")
     print(f"{shape}, {run.columns()['gpu']}, copies {run.ceilings.copy_gb_s:.0f} GB/s")
     results = []
-    for backward in (False, True):
-        results += run_case(scan_case(shape, device, backward), run, options.implementations)
     if options.out:
         write_rows(options.out / "ceilings.csv", ceiling_rows(measured, run))
-        write_rows(options.out / "ssd_scan.csv", [result.row(run) for result in results])
+    for backward in (False, True):
+        # Each at once: a peer that tries out its launch shapes for minutes may be cut short.
+        for name in options.implementations or scan_case(shape, device, backward).implementations:
+            found = run_case(scan_case(shape, device, backward), run, [name])
+            print(table(found), flush=True)
+            results += found
+            if options.out:
+                write_rows(options.out / "ssd_scan.csv", [result.row(run) for result in found])
     print(table(results))
     return int(any(result.ours_is_bad() for result in results))
 
