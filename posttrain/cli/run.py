@@ -55,11 +55,12 @@ def command(
     return execute(make, yes=yes)
 
 
-def execute(make: Callable[[], Plan], *, yes: bool = False, detach: bool = False) -> int:
+def execute(make: Callable[[], Plan], *, yes: bool = False, detach: bool = False, anew: bool = False) -> int:
     """Run the plan that `make()` returns with live progress; prints how it ended and returns the exit code.
 
     Args:
         detach: with launcher=slurm, only submit.
+        anew: the plan is read off the run, and made again when another process has gone on with that meanwhile.
     """
     from posttrain.cli.live import Live
     from posttrain.errors import EXIT_DONE
@@ -75,7 +76,8 @@ def execute(make: Callable[[], Plan], *, yes: bool = False, detach: bool = False
             from posttrain.pipeline.runner import plan_and_run
 
             refuse_beside_jobs(plan.run_dir)
-            result = plan_and_run(lambda: plan, live, yes=yes)
+            plans = iter((plan,))
+            result = plan_and_run(lambda: next(plans, None) or make(), live, yes=yes, anew=anew)
     if result.message:
         typer.echo(f"posttrain: {result.message}", err=True)
     if result.exit_code == EXIT_DONE:

@@ -156,6 +156,7 @@ def make_record(plan: Plan, created: float) -> dict[str, Any]:
                 "selected": planned.selected,
                 "forced": planned.forced,
                 "begun": planned.forced and planned.begun,
+                "before": planned.before,
                 "key_document": planned.document,
             }
             for planned in plan.stages

@@ -35,5 +35,5 @@ def frozen_plan(run: RunDir, *, as_started: bool = False) -> Plan:
         name=run.name,
         outputs=run.outputs,
         selected={name for name in stages if stages[name].get("selected", True)} if stages else None,
-        begun=[name for name in forced if stages[name]["begun"]],
+        begun={name: stages[name]["before"] for name in forced if stages[name]["begun"]},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ class StagePlan:
         status: "cached", "pending", or "running" (some process works on that key now).
         selected: False when --from, --until or --only leave the stage out.
         forced: to run although it is in the store, until it has; begun: it has started to, and then goes on.
+        before: the digests of the files that a forced stage had before it began, by output.
         reasons: why it must run, or what will happen.
         outputs: metas, measured for a cached stage, else predicted.
         artifact: the finished artifact of a cached stage.
@@ -69,6 +70,7 @@ class StagePlan:
     artifact: Artifact | None = None
     resumes: bool = False
     begun: bool = False
+    before: dict[str, Any] | None = None
 
     @property
     def to_do(self) -> bool:
@@ -138,7 +140,7 @@ def make_plan(
     outputs: Path | None = None,
     replacing: str | None = None,
     selected: set[str] | None = None,
-    begun: Iterable[str] = (),
+    begun: Mapping[str, dict[str, Any] | None] | None = None,
 ) -> Plan:
     """Plan a resolved recipe; writes nothing but the user's cache of digests.
 
@@ -149,7 +151,7 @@ def make_plan(
         outputs: folder instead of the recipe's `paths.outputs`.
         replacing: a stage whose artifact is about to be replaced, so that damage to it is no error.
         selected: the selection itself, in place of the three.
-        begun: those of `force` that have begun to run again.
+        begun: those of `force` that have begun to run again, with the files that they had before.
 
     Raises:
         RecipeError: all references, checks and selections that are wrong, at once; or a name that no run may have.
@@ -166,7 +168,7 @@ def make_plan(
     folder = Path(os.path.abspath(outputs or resolved.frame.paths.outputs))
     previous = _previous_stages(resolved.recipe, folder)
     store = Store(folder / "store")
-    stages = _Planner(resolved, graph, store, selected, forced, set(begun), previous, replacing).plan()
+    stages = _Planner(resolved, graph, store, selected, forced, begun or {}, previous, replacing).plan()
     recipe_digest = digest_of_recipe(resolved, graph)
     run_name = name or resolved.frame.run.name or f"{resolved.recipe}-{recipe_digest[:8]}"
     return Plan(resolved, folder, run_name, recipe_digest, stages)
@@ -202,7 +204,7 @@ class _Planner:
         store: Store,
         selected: set[str],
         forced: set[str],
-        begun: set[str],
+        begun: Mapping[str, dict[str, Any] | None],
         previous: dict[str, dict[str, Any]],
         replacing: str | None,
     ) -> None:
@@ -247,7 +249,7 @@ class _Planner:
         """Status and reasons."""
         name, type_, key = planned.name, planned.stage.type, planned.key
         planned.selected = name in self.selected
-        planned.forced, planned.begun = name in self.forced, name in self.begun
+        planned.forced, planned.begun, planned.before = name in self.forced, name in self.begun, self.begun.get(name)
         work_dir = self.store.work_dir(type_, key)
         try:
             artifact = self.store.find(type_, key)

@@ -137,12 +137,17 @@ class StageRunner:
         from posttrain.pipeline.rerun import files_before
 
         store, type_, key = self.plan.store, planned.stage.type, planned.key
-        before = files_before(store, type_, key)
+        before = planned.before if planned.begun else files_before(store, type_, key)
         # Asked again: another runner may have made it anew meanwhile.
         if planned.damaged and damage(store.folder(type_, key)):
             store.set_damaged(type_, key)
         planned.damaged = False
         artifact = store.find(type_, key)
+        if artifact is not None and planned.begun and (self._outcome(planned) or {}).get("status") == "done":
+            # A worker that outlived the runner which had forced the stage has published it.
+            self._done(planned, artifact, work_dir)
+            self._consequences(planned, before)
+            return "done", ""
         if artifact is not None and not planned.forced:
             self._cached(planned, artifact)
             discard_tree(work_dir)
@@ -152,7 +157,7 @@ class StageRunner:
                 clear_work(work_dir)
             if artifact is not None:
                 store.set_aside(type_, key)
-            planned.begun = True
+            planned.begun, planned.before = True, before
             self._rerun(planned)
         try:
             job = self._job(planned)
@@ -176,9 +181,18 @@ class StageRunner:
             what = f"stage {planned.name}: {who or 'another process'} has taken over its work folder, as this runner "
             return self._failed(planned, f"{what}showed no life for a while; it goes on there")
         how = self._conclude(planned, job, code)
-        if before is not None and planned.name in self.finished:
-            self._rerun_descendants(planned, before)
+        if planned.name in self.finished:
+            self._consequences(planned, before)
         return how
+
+    def _consequences(self, planned: StagePlan, before: dict[str, Any] | None) -> None:
+        """What follows from a stage that has been done, for those after it and for what the run still has to do."""
+        if before is not None:
+            self._rerun_descendants(planned, before)
+        if planned.forced:
+            planned.forced = planned.begun = False
+            planned.before = None
+            self._rerun(planned)
 
     def _rerun_descendants(self, planned: StagePlan, before: dict[str, Any]) -> None:
         """When a stage that was run again came out differently, have what was made from its old outputs made again."""
@@ -267,13 +281,7 @@ class StageRunner:
         outcome = self._outcome(planned)
         artifact = self.plan.store.find(planned.stage.type, planned.key)
         if artifact is not None:
-            self.finished[planned.name] = artifact
-            self.run_dir.link_artifact(planned.name, artifact.folder)
-            discard_tree(work_dir)
-            if planned.forced:
-                planned.forced = False
-                self._rerun(planned)
-            self.log.append("stage_finished", planned.name, seconds=artifact.manifest["seconds"])
+            self._done(planned, artifact, work_dir)
             return "done", ""
         if outcome is not None and outcome["status"] == "stopped":
             self.log.append("stage_stopped", planned.name, step=outcome["step"], **self._stopped_how())
@@ -286,6 +294,12 @@ class StageRunner:
         if outcome is not None and outcome.get("damaged"):
             return "damaged", message
         return self._failed(planned, message)
+
+    def _done(self, planned: StagePlan, artifact: Artifact, work_dir: Path) -> None:
+        self.finished[planned.name] = artifact
+        self.run_dir.link_artifact(planned.name, artifact.folder)
+        discard_tree(work_dir)
+        self.log.append("stage_finished", planned.name, seconds=artifact.manifest["seconds"])
 
     def _failure(self, planned: StagePlan, job: Job, outcome: dict[str, Any] | None, code: int) -> str:
         lines = [f"stage {planned.name} failed"]

@@ -115,29 +115,6 @@ def test_a_graceful_stop_resumes_to_the_same_result(how: str, undisturbed: Path,
     assert deterministic_part(outputs, "distill") == deterministic_part(undisturbed, "distill")
 
 
-def test_a_forced_stage_that_was_killed_goes_on_where_it_stopped_and_no_further(
-    copied: Path, undisturbed: Path
-) -> None:
-    """The artifact that was there before is back meanwhile, and is not what the resumed run takes."""
-    outputs, until = copied / "outputs", ("--until", "distill", "--force", "distill", "stages.distill.save_every=2")
-    (folder,) = (outputs / "store" / "distill").glob("*/manifest.json")
-    shutil.rmtree(outputs / "store" / "evaluate")
-    before, inode = len(events(outputs)), folder.stat().st_ino
-    runner, pid = start_and_pause(*RUN, *until, cwd=copied, event=step_of("distill", 3))
-    os.kill(pid, signal.SIGKILL)
-    assert runner.wait(timeout=60) == 1 and folder.stat().st_ino == inode
-    posttrain("resume", cwd=copied)
-    told = [one for one in events(outputs)[before:] if one["stage"] == "distill"]
-    starts = [index for index, one in enumerate(told) if one["event"] == "stage_started"]
-    assert len(starts) == 2 and told[-1]["event"] == "stage_finished"
-    assert min(one["done"] for one in told[starts[1] :] if one["event"] == "progress") > 2
-    assert deterministic_part(outputs, "distill") == deterministic_part(undisturbed, "distill")
-    assert not (outputs / "store" / "evaluate").exists(), "what --until left out was run"
-    before = len(events(outputs))
-    posttrain("resume", cwd=copied)
-    assert {one["event"] for one in events(outputs)[before:]} == {"run_started", "stage_cached", "run_finished"}
-
-
 LOAD = """
 import sys, torch
 mode, folder = sys.argv[1:]
