@@ -50,7 +50,7 @@ def runnable(run: Callable[[], object]) -> object:
 @pytest.mark.parametrize("seed", range(16))
 def test_random_cases(seed, poison_empty):
     draw = random.Random(seed)
-    length = draw.choice([1, 17, 63, 64, 65, 200, draw.randint(2, 900)])
+    length = draw.choice([1, 17, 63, 65, 200, draw.randint(2, 900), *(64 * draw.randint(1, 14) for _ in range(6))])
     sizes = dict(rows=draw.choice([1, 3]), length=length, heads=8, head=draw.choice([16, 32, 64, 128]))
     tensors = inputs(
         draw.choice(LAYOUTS),
@@ -65,13 +65,26 @@ def test_random_cases(seed, poison_empty):
     compare(tensors, ids, chunk=draw.choice([16, 64, 64, 128]))
 
 
+@pytest.mark.parametrize("length", [777, 768])  # the copy engine carries whole chunks alone
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("segment", "run"), [(None, None), (None, 256), (128, None), (256, 128)])
-def test_rows_in_segments_and_runs(segment, run, dtype, poison_empty):
-    tensors = inputs((2, 2, 8), length=777, heads=8, head=64, state=64, dtype=dtype, decay=0.01)
-    chosen = choose_plan(8, 777, 64, 64, 2 if dtype == torch.bfloat16 else 4, 64)
+def test_rows_in_segments_and_runs(segment, run, dtype, length, poison_empty):
+    tensors = inputs((2, 2, 8), length=length, heads=8, head=64, state=64, dtype=dtype, decay=0.01)
+    chosen = choose_plan(8, length, 64, 64, 2 if dtype == torch.bfloat16 else 4, 64)
     plan = replace(chosen, segment=segment, run=run)
-    compare(tensors, documents(1, 777, 256, 300), plan=plan)
+    compare(tensors, documents(1, length, 256, 300), plan=plan)
+
+
+@pytest.mark.parametrize(("head", "state"), [(64, 64), (16, 16), (32, 64), (64, 16)])
+def test_slices_of_one_projection_through_the_copy_engine(head, state, poison_empty):
+    tensors = inputs((2, 2, 8), rows=2, length=192, heads=8, head=head, state=state, dtype=torch.bfloat16, decay=0.05)
+    packed = torch.cat([tensors[place].flatten(2) for place in (0, 3, 4)], -1)
+    parts = packed.split([2 * head, 2 * state, 8 * state], -1)
+    for place, part, width in zip((0, 3, 4), parts, (head, state, state), strict=True):
+        tensors[place] = part.unflatten(2, (-1, width))
+    chosen = choose_plan(16, 192, head, state, 2, 64)
+    forward, backward = (replace(tile, tma=True, tma_out=True) for tile in (chosen.forward, chosen.backward))
+    compare(tensors, plan=replace(chosen, forward=forward, backward=backward))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

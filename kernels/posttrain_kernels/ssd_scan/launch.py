@@ -318,8 +318,10 @@ def _sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def has_copy_engine(tensor: Tensor) -> bool:
-    """Hopper and later; the interpreter on a CPU has one too."""
-    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    """Hopper and later; the interpreter on a CPU has one too. Cards of AMD number themselves alike and have none."""
+    if not tensor.is_cuda:
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 def boxed(tma: bool, tensor: Tensor, chunk: int, width: int | None = None) -> Tensor | TensorDescriptor:

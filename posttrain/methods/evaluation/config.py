@@ -82,6 +82,10 @@ class ProblemSettings(BaseModel):
         return {**self.model_dump(mode="json"), "pool": self.pool.key_fields()}
 
 
+WIDE_BYTES = 2 * 2**30
+"""Of copies of a prompt's cache: as many of a needle's candidates are read side by side."""
+
+
 class NeedleSettings(BaseModel):
     """A sentence with a key hidden in long text, and how surely it is found again: retrieval from long contexts."""
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
+from posttrain.methods.evaluation.config import WIDE_BYTES
 from posttrain.methods.evaluation.measure import last_logits_alone
 
 log = logging.getLogger(__name__)
 
 PROBE = (9, 4)
 """Tokens of a prompt and behind it by which a model's cache is tried."""
-
-WIDE_BYTES = 2 * 2**30
-"""Of caches side by side: as many continuations of a prompt are read at once."""
 
 
 class Prefix:
@@ -104,11 +102,12 @@ def prefix_class(name: str, model: Any) -> type[Prefix]:
     whole = Reread(model, ids[:prompt]).feed(ids[prompt:], more)
     try:
         prefix = Prefix(model, ids[:prompt])
+        other = Reread(model, ids[:prompt]).feed(ids[:more], more)
         wide = _beside(prefix, [ids[prompt:], ids[:more]])
         prefix.fork().feed(ids[: more + 1])
         cached = prefix.feed(ids[prompt:], more)
         if _alike(cached, whole):
-            return Prefix if wide is not None and _alike(wide[0], whole) else Narrow
+            return Prefix if wide is not None and _alike(wide, torch.stack((whole, other))) else Narrow
         reason = "gives other logits than a pass over the whole text"
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = f"cannot go on by several tokens ({error})"

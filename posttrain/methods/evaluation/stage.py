@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import Problem, RecipeError
-from posttrain.methods.evaluation.config import EvaluateConfig, NeedleSettings, ProblemSettings
+from posttrain.methods.evaluation.config import WIDE_BYTES, EvaluateConfig, NeedleSettings, ProblemSettings
 from posttrain.pipeline.context import StageContext
 from posttrain.pipeline.stage import ArtifactMeta, Estimate, InputSpec, Stage, StageConfig
 
@@ -136,7 +136,14 @@ def _memory(cfg: EvaluateConfig, architectures: list[dict[str, Any]], window: in
         memory["sampling"] = cfg.problems.batch_rows * arch["vocab_size"] * (size + 4)
     # Of a prompt and of what goes on from it; a layer grows by being copied.
     slots, sequences = max(slots, 2 * longest), max(sequences, 2 if longest else 0)
-    memory["cache"] = slots * per_token + sequences * max(cache_state_bytes(item, size) for item in architectures)
+    per_sequence = max(cache_state_bytes(item, size) for item in architectures)
+    memory["cache"] = slots * per_token + sequences * per_sequence
+    if cfg.needle is not None:
+        # Of candidates that are read side by side: copies of the cache, and logits in fp32 with what is taken of them.
+        rows = min(cfg.needle.candidates, max(1, WIDE_BYTES // (longest * per_token + per_sequence)))
+        memory["candidates"] = rows * (
+            longest * per_token + per_sequence + 12 * cfg.needle.max_new_tokens * arch["vocab_size"]
+        )
     return memory
 
 
