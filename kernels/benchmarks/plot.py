@@ -62,7 +62,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     axes[-1, 0].set_xlabel("median time, ms (label: ms and peak MiB above the inputs)", fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
 

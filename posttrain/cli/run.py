@@ -76,8 +76,7 @@ def execute(make: Callable[[], Plan], *, yes: bool = False, detach: bool = False
             from posttrain.pipeline.runner import plan_and_run
 
             refuse_beside_jobs(plan.run_dir)
-            plans = iter((plan,))
-            result = plan_and_run(lambda: next(plans, None) or make(), live, yes=yes, anew=anew)
+            result = plan_and_run(lambda: plan, live, yes=yes, again=make if anew else None)
     if result.message:
         typer.echo(f"posttrain: {result.message}", err=True)
     if result.exit_code == EXIT_DONE:

@@ -16,23 +16,27 @@ from posttrain.pipeline.stage_runner import POLL_SECONDS, Display, Quiet
 
 
 def plan_and_run(
-    make: Callable[[], Plan], display: Display | None = None, *, yes: bool = False, anew: bool = False
+    make: Callable[[], Plan],
+    display: Display | None = None,
+    *,
+    yes: bool = False,
+    again: Callable[[], Plan] | None = None,
 ) -> RunResult:
-    """Make a plan, hold it against the guard unless `yes`, and execute it; `anew` as in `run_plan`."""
+    """Make a plan, hold it against the guard unless `yes`, and execute it; `again` as in `run_plan`."""
     from posttrain.pipeline.guard import guard
 
     plan = make()
     check_selection(plan)
     if plan.to_do and not yes:
         guard(plan)
-    return run_plan(plan, display, make if anew else None)
+    return run_plan(plan, display, again)
 
 
-def run_plan(plan: Plan, display: Display | None = None, make: Callable[[], Plan] | None = None) -> RunResult:
+def run_plan(plan: Plan, display: Display | None = None, again: Callable[[], Plan] | None = None) -> RunResult:
     """Execute a plan's selected stages and build the report.
 
     A run that another process executes already is followed to its end instead; if that process dies, this one goes on:
-    with what `make` plans then, where what is to do is read off the run (what is forced the other may have done).
+    with what `again` plans then, where what is to do is read off the run (what is forced the other may have done).
 
     Raises:
         RecipeError: nothing ran: a stage that was left out is missing, or the run's name is another recipe's.
@@ -46,8 +50,12 @@ def run_plan(plan: Plan, display: Display | None = None, make: Callable[[], Plan
             lock = Lock.acquire(run.lock_path)
         except LockHeld as error:
             result = follow(run, display, error.owner)
-            plan = make() if make is not None else plan
-            if result is not None and (result.exit_code != EXIT_DONE or _done(plan)):
+            if result is not None and result.exit_code != EXIT_DONE:
+                return result
+            if again is not None:
+                plan = again()
+                check_selection(plan)
+            if result is not None and _done(plan):
                 return result
             gone = f"the process that executed run {run.name} is gone"
             left = f"the process that executed run {run.name} had another selection of stages"

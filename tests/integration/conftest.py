@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     posttrain(*RUN, cwd=folder)
     return folder / "outputs"
+
+
+@pytest.fixture
+def copied(undisturbed: Path, tmp_path: Path) -> Path:
+    """A folder with a copy of that outputs folder."""
+    shutil.copytree(undisturbed, tmp_path / "outputs", symlinks=True)
+    return tmp_path

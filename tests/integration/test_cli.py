@@ -34,12 +34,6 @@ def plan_of(*overrides: str, cwd: Path) -> dict[str, dict]:
     return {stage["name"]: stage for stage in json.loads(text)["stages"]}
 
 
-@pytest.fixture
-def copied(undisturbed: Path, tmp_path: Path) -> Path:
-    shutil.copytree(undisturbed, tmp_path / "outputs", symlinks=True)
-    return tmp_path
-
-
 def test_the_report_has_its_table_and_is_one_file(undisturbed: Path) -> None:
     run = next(undisturbed.glob("runs/*/run.json")).parent
     html = (run / "report.html").read_text()

@@ -9,9 +9,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import pytest
 from harness import (
     RUN,
+    artifact,
     deterministic_part,
     events,
     posttrain,
@@ -27,17 +27,6 @@ from posttrain.pipeline.store import manifest_digest, read_artifact
 FORCED = ("--force", "distill", "stages.distill.save_every=2")
 
 
-@pytest.fixture
-def copied(undisturbed: Path, tmp_path: Path) -> Path:
-    shutil.copytree(undisturbed, tmp_path / "outputs", symlinks=True)
-    return tmp_path
-
-
-def folder_of(outputs: Path, type_: str) -> Path:
-    (manifest,) = (outputs / "store" / type_).glob("*/manifest.json")
-    return manifest.parent
-
-
 def told(outputs: Path, before: int, event: str) -> list[str]:
     return [one["stage"] for one in events(outputs)[before:] if one["event"] == event]
 
@@ -47,12 +36,12 @@ def test_a_forced_stage_that_was_killed_goes_on_where_it_stopped_and_no_further(
 ) -> None:
     """The artifact that was there before is back meanwhile, and is not what the resumed run takes."""
     outputs, until = copied / "outputs", ("--until", "distill", "--force", "distill", "stages.distill.save_every=2")
-    (folder,) = (outputs / "store" / "distill").glob("*/manifest.json")
+    manifest = artifact(outputs, "distill") / "manifest.json"
     shutil.rmtree(outputs / "store" / "evaluate")
-    before, inode = len(events(outputs)), folder.stat().st_ino
+    before, inode = len(events(outputs)), manifest.stat().st_ino
     runner, pid = start_and_pause(*RUN, *until, cwd=copied, event=step_of("distill", 3))
     os.kill(pid, signal.SIGKILL)
-    assert runner.wait(timeout=60) == 1 and folder.stat().st_ino == inode
+    assert runner.wait(timeout=60) == 1 and manifest.stat().st_ino == inode
     posttrain("resume", cwd=copied)
     told = [one for one in events(outputs)[before:] if one["stage"] == "distill"]
     starts = [index for index, one in enumerate(told) if one["event"] == "stage_started"]
@@ -81,7 +70,7 @@ def test_what_a_worker_published_after_its_runners_death_is_taken_and_its_descen
     copied: Path,
 ) -> None:
     outputs = copied / "outputs"
-    give_other_bits(folder_of(outputs, "distill"))
+    give_other_bits(artifact(outputs, "distill"))
     before = len(events(outputs))
     last = max(one["step"] for one in events(outputs) if one["event"] == "metrics" and one["stage"] == "distill")
     runner, pid = start_and_pause(*RUN, *FORCED, cwd=copied, event=step_of("distill", last))

@@ -122,7 +122,7 @@ def chunk_grad_kernel(
         b_db = tl.dot(b_q, b_c, acc=b_db, input_precision=PRECISION)
         store_tile(p_db, token, column * N, start, H * N, left, b_db, L, N, TMA_OUT)
 
-        # Rounded before it goes through shared memory: half of the bytes, and room for a third chunk.
+        # Rounded before it goes through shared memory: half of the bytes.
         b_part = tl.dot(tl.trans(b_b), b_q, input_precision=PRECISION).to(TYPE)
         b_dc = b_dc * enter[:, None] + tl.trans(b_part).to(tl.float32)
         store_tile(p_dc, token, column * N, start, H * N, left, b_dc, L, N, TMA_OUT)

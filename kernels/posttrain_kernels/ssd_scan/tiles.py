@@ -133,14 +133,14 @@ def candidates(head: int, state: int, itemsize: int) -> dict[str, list[Tile]]:
     back = [t for t in back if max(t.chunk**2, head * state, t.chunk * max(head, state)) <= t.warps * 32 * 64]
     scan = [t for t in scan if max(t.chunk**2, state * t.width, t.chunk * t.width) <= t.warps * 32 * 128]
     return {
-        "forward": scan + [replace(t, stages=t.stages + 1) for t in _carried(scan, widths[-1], (False, True))],
+        "forward": scan + _carried(scan, widths[-1]),
         "states": scan,
-        "backward": back + [replace(t, stages=t.stages + 1) for t in _carried(back, head, (False, True))],
+        "backward": back + _carried(back, head),
     }
 
 
-def _carried(tiles: list[Tile], width: int, out: tuple[bool, ...]) -> list[Tile]:
-    """The largest of the tiles once more with the copy engine."""
+def _carried(tiles: list[Tile], width: int) -> list[Tile]:
+    """The largest of the tiles once more with the copy engine, which holds a chunk more at the same registers."""
     chunk = max((tile.chunk for tile in tiles if tile.width == width), default=0)
     largest = [tile for tile in tiles if tile.width == width and tile.chunk == chunk]
-    return [replace(tile, tma=True, tma_out=leave) for tile in largest for leave in out]
+    return [replace(t, stages=t.stages + 1, tma=True, tma_out=out) for t in largest for out in (False, True)]

@@ -203,6 +203,8 @@ def test_the_estimate_counts_prompts_and_the_longest_cache_twice() -> None:
     plain, asked = (Evaluate().estimate(config(needle=needle), both) for needle in (None, SMALL))
     assert asked.tokens - plain.tokens == 2 * 6 * (448 + 688)
     assert asked.memory["cache"] == 2 * 700 * 2 * 2 * 2 * 16 * 4
+    logits = 3 * 4 * 12 * architecture(POSITIONS)["vocab_size"]  # three copies in fp32, as long as an answer may be
+    assert asked.memory["candidates"] == 4 * (700 * 2 * 2 * 2 * 16 * 4 + logits) and "candidates" not in plain.memory
     assert asked.memory["activations"] == 700 * 4 * (4 * 64 + 3 * 96)
     assert plain.memory["cache"] < asked.memory["cache"] and plain.memory["activations"] < asked.memory["activations"]
 
