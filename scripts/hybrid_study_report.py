@@ -13,7 +13,7 @@ Run = dict[str, Any]
 
 
 def report(results: Path, to: Path) -> None:
-    """`runs.csv` (a row a run), `table.md` (a row an arm and share), `curves.json`, `curves.png` and `final.png`.
+    """`runs.csv` (a row a run), `table.md` (a row an arm and share), `curves.png` and `final.png`.
 
     Raises:
         SystemExit: there is no finished run.
@@ -28,15 +28,14 @@ def report(results: Path, to: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    shown = [column for column in columns if column not in ("arm", "attention", "seed", "kept")]
+    hidden = ("arm", "attention", "seed", "kept")
+    shown = [column for column in columns if column not in hidden and not column.endswith(("_low", "_high"))]
     lines = [f"| arm | attention | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 3) + "|"]
     for arm, share in dict.fromkeys((row["arm"], row["attention"]) for row in rows):
         own = [row for row in rows if (row["arm"], row["attention"]) == (arm, share)]
         cells = [_cell([row[column] for row in own if column in row]) for column in shown]
         lines.append(f"| {arm} | {share:.0%} | {len(own)} | {' | '.join(cells)} |")
     (to / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    kept = {f"{run['arm']}-{run['attention']}-{run['seed']}": run["curve"] for run in runs}
-    (to / "curves.json").write_text(json.dumps(kept), encoding="utf-8")
     draw_curves(runs, to / "curves.png")
     draw_final(rows, to / "final.png")
     print("\n".join(lines))
