@@ -6,6 +6,7 @@ import importlib.util
 import os
 from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +30,15 @@ def interpreted() -> bool:
 def triton_available() -> bool:
     """Whether triton is installed. It is looked up, not imported: a CPU process need not pay for the import."""
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def hopper_or_later(device: torch.device) -> int:
+    """The first number of a card's compute capability where it is NVIDIA's and 9 at least, else 0.
+
+    From Hopper on there are the copy engine and launches that overlap. AMD's cards number themselves alike.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major = torch.cuda.get_device_capability(device)[0]
+    return major if major >= 9 else 0

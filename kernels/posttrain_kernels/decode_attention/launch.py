@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from ..inference import dense_width, unit_stride
+from ..sizes import cdiv, next_power_of_2
 from .kernels import combine_kernel, decode_attention_kernel
 from .tiles import Tile, choose_splits, choose_tile
 
@@ -31,7 +31,7 @@ def decode_attention_triton(
     shared, capacity, value_width = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
     group = heads // shared
     tile = tile or choose_tile(group, width, value_width)
-    blocks = triton.cdiv(group, tile.heads)
+    blocks = cdiv(group, tile.heads)
     splits = splits or choose_splits(rows * shared * blocks, capacity)
     out = torch.empty(rows, heads, value_width, device=q.device, dtype=q.dtype)
     if not out.numel():
@@ -83,7 +83,7 @@ def decode_attention_triton(
 
 def _padded(width: int) -> int:
     """Widths are padded to a power of two, 16 at least (the depth of a tensor core's product)."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def _same_memory(keys: Tensor, values: Tensor) -> bool:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import cdiv
+
 BLOCK = 4096
 PROGRAMS = 1024
 """A few for each multiprocessor; they stride over the tensor, so that looking at a factor of 1 costs microseconds."""
@@ -19,7 +21,7 @@ def scale_in_place(tensor: Tensor, factor: Tensor) -> Tensor:
     """
     count = tensor.numel()
     if count:
-        grid = (min(PROGRAMS, triton.cdiv(count, BLOCK)),)
+        grid = (min(PROGRAMS, cdiv(count, BLOCK)),)
         _scale_kernel[grid](tensor, factor.reshape(1), count, BLOCK=BLOCK, num_warps=8)
     # A kernel's write is invisible to autograd; a second backward through the scaled tensor must stay an error.
     torch.autograd.graph.increment_version(tensor)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inference import unit_stride
+from ..sizes import next_power_of_2
 
 
 def conv_step_triton(
@@ -32,7 +33,7 @@ def conv_step_triton(
     out = torch.empty(rows, sum(heads), width, device=drive.device, dtype=kind)
     if not out.numel():
         return out
-    block, window = triton.next_power_of_2(width), triton.next_power_of_2(kernel)
+    block, window = next_power_of_2(width), next_power_of_2(kernel)
     _conv_step_kernel[(rows, sum(heads))](
         drive, columns, taps.contiguous(), bias.contiguous(),
         bias if b_norm is None else b_norm.contiguous(), bias if c_norm is None else c_norm.contiguous(), out,
@@ -49,7 +50,7 @@ def gated_norm_triton(y: Tensor, z: Tensor, weight: Tensor | None, eps: float, w
     kind = z.dtype if weight is None else torch.promote_types(z.dtype, weight.dtype)
     out = torch.empty(z.shape, device=z.device, dtype=kind)
     if out.numel():
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _gated_norm_kernel[(z.shape[0], z.shape[1] // width)](
             y, z, z if weight is None else weight.contiguous(), out, y.stride(0), z.stride(0), z.shape[1], width, eps,
             NORM=weight is not None, BLOCK=block, num_warps=max(1, min(8, block // 256)),

@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import hopper_or_later
 from ..inference import dense_width, unit_stride
+from ..sizes import cdiv, next_power_of_2
 from .kernels import combine_parts_kernel, mla_decode_kernel
 from .tiles import Tile, choose_splits, choose_tile
 
@@ -44,7 +45,7 @@ def mla_decode_triton(
     tile = tile or choose_tile(heads, rank, latent_cache.element_size())
     latent, rope = dense_width(latent_cache), dense_width(rope_cache)
     tile = _possible(tile, latent, rope, scale)
-    blocks = triton.cdiv(heads, tile.heads)
+    blocks = cdiv(heads, tile.heads)
     splits = splits or choose_splits(rows * blocks, latent.shape[1], tile)
     if splits == 1:
         target, exponents = out, None
@@ -101,10 +102,10 @@ def _launch_gluon(tile: Tile, grid: tuple[int, int], arguments: tuple, options: 
 def _combine(parts: Tensor, exponents: Tensor, out: Tensor, overlap: dict[str, bool]) -> None:
     """Means [B, H, SPLITS, r] and exponents [B, H, SPLITS] of the parts into `out` [B, H, r]."""
     rows, heads, splits, rank = parts.shape
-    padded = triton.next_power_of_2(splits)
+    padded = next_power_of_2(splits)
     columns = min(_padded(rank), max(COMBINED_COLUMNS, COMBINED_ELEMENTS // padded))
     places = max(1, COMBINED_ELEMENTS // (padded * columns))
-    grid = (triton.cdiv(rows * heads, places), triton.cdiv(rank, columns))
+    grid = (cdiv(rows * heads, places), cdiv(rank, columns))
     options = dict(R=rank, PLACES=places, SPLITS=padded, COLUMNS=columns, PDL=bool(overlap), **overlap)
     warps = min(16, max(1, padded * columns // (2 * COMBINED_ELEMENTS)))
     combine_parts_kernel[grid](parts, exponents, out, rows * heads, splits, **options, num_warps=warps)
@@ -112,12 +113,12 @@ def _combine(parts: Tensor, exponents: Tensor, out: Tensor, overlap: dict[str, b
 
 def _overlap(device: torch.device) -> dict[str, bool]:
     """Programmatic dependent launch: a kernel is set up while the one before it ends, and waits for it in place."""
-    return dict(launch_pdl=True) if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else {}
+    return dict(launch_pdl=True) if hopper_or_later(device) else {}
 
 
 def _padded(width: int) -> int:
     """Widths are padded to a power of two, 16 at least (the depth of a tensor core's product)."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def _possible(tile: Tile, latent: Tensor, rope: Tensor, scale: float) -> Tile:
@@ -140,7 +141,7 @@ def _describable(cache: Tensor) -> bool:
 
 def _runs_gluon(device: torch.device, dtype: torch.dtype) -> bool:
     """Hopper's matrix instructions, on 16-bit elements."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and dtype.itemsize == 2
+    return hopper_or_later(device) == 9 and dtype.itemsize == 2
 
 
 def _descriptor(cache: Tensor, tile: Tile, halves: bool) -> object:

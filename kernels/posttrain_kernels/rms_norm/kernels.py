@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inference import unit_stride
+from ..sizes import cdiv, next_power_of_2
 
 ELEMENTS = 2048
 """Elements a program holds at most before it takes a single row."""
@@ -20,10 +21,10 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
     stream = flat if residual is None else unit_stride(residual.reshape(-1, width))
     y = torch.empty(shape, device=x.device, dtype=torch.promote_types(x.dtype, weight.dtype))
     summed = x if residual is None else torch.empty(shape, device=x.device, dtype=residual.dtype)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     group = rows_per_program(flat.shape[0], block)
     if y.numel():
-        _rms_norm_kernel[(triton.cdiv(flat.shape[0], group),)](
+        _rms_norm_kernel[(cdiv(flat.shape[0], group),)](
             flat,
             stream,
             weight.contiguous(),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..inference import dense_width, unit_stride
+from ..sizes import cdiv, next_power_of_2
 from .kernels import latent_cache_kernel, rotary_cache_kernel, rotate_kernel
 
 HEADS = 16
@@ -30,10 +30,10 @@ def rotary_cache_triton(
     rows, shared, width = qkv.shape[0], k_cache.shape[1], k_cache.shape[3]
     heads = qkv.shape[1] // width - 2 * shared
     out = torch.empty(rows, heads, width, device=qkv.device, dtype=qkv.dtype)
-    tile = min(HEADS, triton.next_power_of_2(heads + 2 * shared))
-    half = triton.next_power_of_2(width // 2)
+    tile = min(HEADS, next_power_of_2(heads + 2 * shared))
+    half = next_power_of_2(width // 2)
     if rows:
-        rotary_cache_kernel[(rows, triton.cdiv(heads + 2 * shared, tile))](
+        rotary_cache_kernel[(rows, cdiv(heads + 2 * shared, tile))](
             qkv,
             cos,
             sin,
@@ -75,7 +75,7 @@ def latent_cache_triton(
     """The Triton code behind `latent_cache`; same contract, checks done, caches [Bmax, 1, S, ·]."""
     kv_a, cos, sin = unit_stride(kv_a), unit_stride(cos), unit_stride(sin)
     rank, width = latent_cache.shape[-1], rope_cache.shape[-1]
-    block = triton.next_power_of_2(rank)
+    block = next_power_of_2(rank)
     if kv_a.shape[0]:
         latent_cache_kernel[(kv_a.shape[0],)](
             kv_a,
@@ -96,7 +96,7 @@ def latent_cache_triton(
             WIDTH=width,
             NORM=norm_weight is not None,
             BLOCK=block,
-            HALF=triton.next_power_of_2(width // 2),
+            HALF=next_power_of_2(width // 2),
             num_warps=_warps(block),
         )
 
@@ -106,9 +106,9 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Ten
     x, cos, sin = unit_stride(x), unit_stride(cos), unit_stride(sin)
     rows, heads, width = x.shape
     out = torch.empty(rows, heads, width, device=x.device, dtype=x.dtype)
-    tile, half = min(HEADS, triton.next_power_of_2(heads)), triton.next_power_of_2(width // 2)
+    tile, half = min(HEADS, next_power_of_2(heads)), next_power_of_2(width // 2)
     if out.numel():
-        rotate_kernel[(rows, triton.cdiv(heads, tile))](
+        rotate_kernel[(rows, cdiv(heads, tile))](
             x,
             cos,
             sin,

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import hopper_or_later
 from ..inference import unit_stride
+from ..sizes import cdiv, next_power_of_2
 from .grad_kernels import chunk_grad_kernel
 from .scan_kernels import chunk_scan_kernel, step_kernel
 from .state_kernels import chain_states_kernel, pass_states_kernel, sum_decays_kernel
@@ -77,22 +78,22 @@ class Scan:
     def segments(self) -> int:
         """Parts of a row that run side by side."""
         tokens = self.sizes[1]
-        return triton.cdiv(tokens, self.plan.segment or tokens)
+        return cdiv(tokens, self.plan.segment or tokens)
 
     @property
     def run(self) -> int:
         """Tokens that one program of `backward` walks through, a multiple of its chunks."""
         chunk = self.plan.backward.chunk
-        return self.plan.run or self.plan.segment or triton.cdiv(self.sizes[1], chunk) * chunk
+        return self.plan.run or self.plan.segment or cdiv(self.sizes[1], chunk) * chunk
 
     @property
     def runs(self) -> int:
         """Runs of a row."""
-        return triton.cdiv(self.sizes[1], self.run)
+        return cdiv(self.sizes[1], self.run)
 
     def lengths(self, chunk: int) -> tuple[int, int, int]:
         """Chunks of a row, chunks of a segment, and segments."""
-        chunks = triton.cdiv(self.sizes[1], chunk)
+        chunks = cdiv(self.sizes[1], chunk)
         return chunks, self.plan.segment // chunk if self.plan.segment else chunks, self.segments
 
     @property
@@ -196,13 +197,13 @@ def scan_backward(
 def sum_decays(scan: Scan, chunk: int) -> tuple[Tensor, ...]:
     """dt, high, low and leave in one, whole, and resets of every chunk, as `sum_decays_kernel` describes them."""
     rows, tokens, heads, _, _ = scan.sizes
-    chunks = triton.cdiv(tokens, chunk)
+    chunks = cdiv(tokens, chunk)
     each = torch.empty(rows, heads, chunks, 4, chunk, dtype=torch.float32, device=scan.x.device)
     whole = each.new_empty(rows, heads, chunks)
     # Where nothing is packed no resets are read, and any pointer does.
     resets = whole if scan.documents is None else each.new_empty(rows, chunks * chunk, dtype=torch.int32)
-    block = min(DECAY_HEADS, triton.next_power_of_2(heads))
-    sum_decays_kernel[(rows * chunks, triton.cdiv(heads, block))](
+    block = min(DECAY_HEADS, next_power_of_2(heads))
+    sum_decays_kernel[(rows * chunks, cdiv(heads, block))](
         scan.dt, scan.a, scan.a if scan.documents is None else scan.documents, each, whole, resets,
         *scan.dt.stride(), tokens, chunks,
         H=heads, L=chunk, BLOCK_H=block, PACKED=scan.documents is not None, num_warps=4,
@@ -243,10 +244,10 @@ def step_in_place(
     if not y.numel():
         return y
     x, b, c = (unit_stride(tensor) for tensor in (x, b, c))
-    lanes = triton.next_power_of_2(width)
-    block = max(1, min(triton.next_power_of_2(head), STEP_ELEMENTS // lanes))
+    lanes = next_power_of_2(width)
+    block = max(1, min(next_power_of_2(head), STEP_ELEMENTS // lanes))
     strides = (stride for tensor in (x, dt, b, c) for stride in tensor.stride()[:2])
-    step_kernel[(rows * heads, triton.cdiv(head, block))](
+    step_kernel[(rows * heads, cdiv(head, block))](
         x, dt, a.contiguous(), b, c, a if d is None else d.contiguous(),
         a if dt_bias is None else dt_bias.contiguous(), state, y, *strides, *state.stride()[:3],
         H=heads, X_SHARE=heads // x.shape[1], B_SHARE=heads // b.shape[1], C_SHARE=heads // c.shape[1],
@@ -296,7 +297,7 @@ def _join_segments(
     decay = local.new_empty(rows, heads, scan.segments)
     _launch_chain(scan, chunk, decays, grad_y, None, None, None, None, local, decay)
     out, size = torch.empty_like(local), head * state
-    pass_states_kernel[(rows * heads, triton.cdiv(size, PASS_BLOCK))](
+    pass_states_kernel[(rows * heads, cdiv(size, PASS_BLOCK))](
         local, decay, local if given is None else given, out, size, scan.segments,
         REVERSE=grad_y is not None, GIVEN=given is not None, BLOCK=PASS_BLOCK, num_warps=4,
     )  # fmt: skip
@@ -318,10 +319,8 @@ def _sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def has_copy_engine(tensor: Tensor) -> bool:
-    """Hopper and later; the interpreter on a CPU has one too. Cards of AMD number themselves alike and have none."""
-    if not tensor.is_cuda:
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    """Hopper and later; the interpreter on a CPU has one too."""
+    return not tensor.is_cuda or hopper_or_later(tensor.device) > 0
 
 
 def boxed(tma: bool, tensor: Tensor, chunk: int, width: int | None = None) -> Tensor | TensorDescriptor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 WIDTHS = (16, 32, 64, 128)
@@ -81,6 +82,7 @@ WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 """Forward, states and backward where products have fp32 operands: right, not fast."""
 
 
+@lru_cache
 def choose_plan(
     lines: int, tokens: int, head: int, state: int, itemsize: int, chunk: int, loaded: int | None = None
 ) -> Plan:

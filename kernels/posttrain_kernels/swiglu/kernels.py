@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inference import unit_stride
+from ..sizes import cdiv
 
 BLOCK = 512
 """Columns of a program; small, so that a batch of 64 rows still covers the card."""
@@ -19,7 +20,7 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     flat = unit_stride(gate_up.reshape(-1, 2 * width))
     out = torch.empty(*gate_up.shape[:-1], width, device=gate_up.device, dtype=gate_up.dtype)
     if out.numel():
-        grid = (flat.shape[0], triton.cdiv(width, BLOCK))
+        grid = (flat.shape[0], cdiv(width, BLOCK))
         _silu_mul_kernel[grid](flat, out, flat.stride(0), width, BLOCK=BLOCK, num_warps=2)
     return out
 
