@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,17 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     measured = measure_ceilings(device)
     run = Run(device, measured.ceilings, quick=device.type == "cpu")
     print(f"{shape}, {run.columns()['gpu']}, copies {run.ceilings.copy_gb_s:.0f} GB/s")
-    results = []
+    results, table_of_calls = [], "ssd_scan_captured.csv" if options.graph_calls else "ssd_scan.csv"
     if options.out:
         write_rows(options.out / "ceilings.csv", ceiling_rows(measured, run))
     for backward in (False, True):
         # Each at once: a peer that tries out its launch shapes for minutes may be cut short.
         for name in options.implementations or scan_case(shape, device, backward).implementations:
-            found = run_case(scan_case(shape, device, backward), run, [name])
+            case = replace(scan_case(shape, device, backward), graph_calls=options.graph_calls)
+            found = run_case(case, run, [name])
             print(table(found), flush=True)
             results += found
             if options.out:
-                write_rows(options.out / "ssd_scan.csv", [result.row(run) for result in found])
+                write_rows(options.out / table_of_calls, [result.row(run) for result in found])
     print(table(results))
     return int(any(result.ours_is_bad() for result in results))
 
@@ -56,7 +58,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head", type=int, default=64, help="head width P")
     parser.add_argument("--state", type=int, default=64, help="state width N")
     parser.add_argument("--implementations", nargs="+", metavar="NAME", help="leave out all but these")
-    parser.add_argument("--out", type=Path, help="append to ssd_scan.csv in this folder")
+    parser.add_argument(
+        "--graph-calls",
+        type=int,
+        default=0,
+        metavar="N",
+        help="time replays of N captured calls (GPU): what the card takes alone",
+    )
+    parser.add_argument("--out", type=Path, help="append to ssd_scan.csv in this folder, or ssd_scan_captured.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 

@@ -94,7 +94,7 @@ def choose_plan(
     chosen = (FORWARD[widest], STATES[widest], BACKWARD[widest]) if itemsize == 2 else WIDE_ELEMENTS
     forward, states, backward = (tile.cut(chunk, head) for tile in chosen)
     states = replace(states, chunk=backward.chunk)
-    if min(head, state) < 64:  # the copy engine has carried no narrower tiles on a GPU yet
+    if min(head, state) < 64:  # narrower tiles are right with the copy engine, and were not timed
         forward, backward = (replace(tile, tma=False, tma_out=False) for tile in (forward, backward))
     if (loaded or itemsize) > itemsize:  # chunks in flight take twice the shared memory
         forward, states = (replace(tile, stages=min(2, tile.stages)) for tile in (forward, states))
