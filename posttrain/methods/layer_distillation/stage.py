@@ -114,7 +114,7 @@ class Ild(TrainingStage):
         needed = disk_needed(student, cfg.keep_checkpoints, cfg.save_dtype)
         ctx.first_does(lambda: rehearse_save(ctx.work_dir, student, student.config, save_dtype, needed))
         history = trainer.fit()
-        trainer.share_weights(moments=False)
+        trainer.finish()
 
         def write() -> None:
             shutil.rmtree(ctx.work_dir / "outputs", ignore_errors=True)  # an interrupted attempt may have left parts

@@ -184,6 +184,11 @@ class LayerTrainer(StageTrainer):
             for parameter in self.trained_of[layer] if layer not in self.owned else ():
                 self.optimizer.optimizer.state.pop(parameter, None)
 
+    def finish(self) -> None:
+        """Every rank has all trained layers; moments are freed, since writing a model copies its weights."""
+        self.share_weights(moments=False)
+        self.optimizer.optimizer.state.clear()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.share_weights(moments=True)
         super()._save_checkpoint(model, trial)
