@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
@@ -42,3 +47,21 @@ def hopper_or_later(device: torch.device) -> int:
         return 0
     major = torch.cuda.get_device_capability(device)[0]
     return major if major >= 9 else 0
+
+
+def on_own_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """`launch` with the device of its first tensor as the current one.
+
+    Triton launches on the current device, whatever device the tensors are on. Backward passes need no such thing:
+    autograd runs them on the device of what they belong to.
+    """
+
+    @functools.wraps(launch)
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*arguments, **options)
+        with torch.cuda.device(device):
+            return launch(*arguments, **options)
+
+    return run

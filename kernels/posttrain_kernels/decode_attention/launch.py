@@ -7,12 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from ..dispatch import on_own_device
 from ..inference import dense_width, unit_stride
 from ..sizes import cdiv, next_power_of_2
 from .kernels import combine_kernel, decode_attention_kernel
 from .tiles import Tile, choose_splits, choose_tile
 
 
+@on_own_device
 def decode_attention_triton(
     q: Tensor,
     k_cache: Tensor,

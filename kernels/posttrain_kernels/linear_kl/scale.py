@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain_kernels.dispatch import on_own_device
+
 from ..sizes import cdiv
 
 BLOCK = 4096
@@ -14,6 +16,7 @@ PROGRAMS = 1024
 """A few for each multiprocessor; they stride over the tensor, so that looking at a factor of 1 costs microseconds."""
 
 
+@on_own_device
 def scale_in_place(tensor: Tensor, factor: Tensor) -> Tensor:
     """`tensor *= factor` for a contiguous tensor and a scalar tensor; where the factor is 1 no memory is touched.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from posttrain_kernels.dispatch import on_own_device
+
 # (ROWS, LANES, num_warps) of a tile by logits type. LANES = warps · 32 threads · 8 entries (16 bytes of bf16 gradient)
 # keeps a lane in one thread; fewer lanes make every step of the loop exchange data between threads.
 TILES = {torch.bfloat16: (4, 2048, 8), torch.float32: (2, 2048, 8)}
@@ -29,6 +31,7 @@ class TritonRows:
         self._over_teacher = logits_dtype != grad_dtype
         self._grad = teacher.view(grad_dtype)[:, :vocabulary] if self._over_teacher else self.student
 
+    @on_own_device
     def step(
         self,
         weights: Tensor,

@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import on_own_device
 from ..inference import unit_stride
 from ..sizes import next_power_of_2
 
 
+@on_own_device
 def conv_step_triton(
     drive: Tensor,
     columns: Tensor,
@@ -44,6 +46,7 @@ def conv_step_triton(
     return out
 
 
+@on_own_device
 def gated_norm_triton(y: Tensor, z: Tensor, weight: Tensor | None, eps: float, width: int) -> Tensor:
     """The Triton code behind `gated_norm`; same contract, checks done."""
     y, z = unit_stride(y), unit_stride(z)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import hopper_or_later
+from ..dispatch import hopper_or_later, on_own_device
 from ..inference import dense_width, unit_stride
 from ..sizes import cdiv, next_power_of_2
 from .kernels import combine_parts_kernel, mla_decode_kernel
@@ -21,6 +21,7 @@ COMBINED_COLUMNS = 32
 """Least columns of its programs: 64 bytes in 16 bits."""
 
 
+@on_own_device
 def mla_decode_triton(
     q_latent: Tensor,
     q_rope: Tensor,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import on_own_device
 from ..inference import unit_stride
 from ..sizes import cdiv, next_power_of_2
 
@@ -14,6 +15,7 @@ ELEMENTS = 2048
 """Elements a program holds at most before it takes a single row."""
 
 
+@on_own_device
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The Triton code behind `rms_norm`; same contract, checks done."""
     shape, width = x.shape, x.shape[-1]

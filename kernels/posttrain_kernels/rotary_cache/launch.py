@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import on_own_device
 from ..inference import dense_width, unit_stride
 from ..sizes import cdiv, next_power_of_2
 from .kernels import latent_cache_kernel, rotary_cache_kernel, rotate_kernel
@@ -13,6 +14,7 @@ HEADS = 16
 """Heads of a program at most: a projection of SmolLM2-135M (9 + 2·3) is one program."""
 
 
+@on_own_device
 def rotary_cache_triton(
     qkv: Tensor,
     cos: Tensor,
@@ -61,6 +63,7 @@ def rotary_cache_triton(
     return out
 
 
+@on_own_device
 def latent_cache_triton(
     kv_a: Tensor,
     cos: Tensor,
@@ -101,6 +104,7 @@ def latent_cache_triton(
         )
 
 
+@on_own_device
 def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     """The Triton code behind `rotate`; same contract, checks done."""
     x, cos, sin = unit_stride(x), unit_stride(cos), unit_stride(sin)

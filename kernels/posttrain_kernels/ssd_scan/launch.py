@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import hopper_or_later
+from ..dispatch import hopper_or_later, on_own_device
 from ..inference import unit_stride
 from ..sizes import cdiv, next_power_of_2
 from .grad_kernels import chunk_grad_kernel
@@ -227,6 +227,7 @@ def chunk_states(
     return first if before is None else before, after, grad_first
 
 
+@on_own_device
 def step_in_place(
     x: Tensor,
     dt: Tensor,

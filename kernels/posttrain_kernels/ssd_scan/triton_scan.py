@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import use_triton
+from ..dispatch import on_own_device, use_triton
 from .tiles import WIDTHS, Plan
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,6 +38,7 @@ def supports_step(
     return fits and all(tensor.dtype in TYPES for tensor in tensors) and use_triton(state, *tensors)
 
 
+@on_own_device
 def triton_scan(
     x: Tensor,
     dt: Tensor,

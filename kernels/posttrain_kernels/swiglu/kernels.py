@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import on_own_device
 from ..inference import unit_stride
 from ..sizes import cdiv
 
@@ -14,6 +15,7 @@ BLOCK = 512
 """Columns of a program; small, so that a batch of 64 rows still covers the card."""
 
 
+@on_own_device
 def silu_mul_triton(gate_up: Tensor) -> Tensor:
     """The Triton code behind `silu_mul`; same contract, checks done."""
     width = gate_up.shape[-1] // 2
