@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     measured = measure_ceilings(device)
     run = Run(device, measured.ceilings, quick=device.type == "cpu")
     print(f"{shape}, {run.columns()['gpu']}, copies {run.ceilings.copy_gb_s:.0f} GB/s")
-    results, table_of_calls = [], "ssd_scan_captured.csv" if options.graph_calls else "ssd_scan.csv"
+    results, file = [], "ssd_scan_captured.csv" if options.graph_calls else "ssd_scan.csv"
     if options.out:
         write_rows(options.out / "ceilings.csv", ceiling_rows(measured, run))
     for backward in (False, True):
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             print(table(found), flush=True)
             results += found
             if options.out:
-                write_rows(options.out / table_of_calls, [result.row(run) for result in found])
+                write_rows(options.out / file, [result.row(run) for result in found])
     print(table(results))
     return int(any(result.ours_is_bad() for result in results))
 

@@ -38,15 +38,14 @@ def triton_available() -> bool:
 
 
 @cache
-def hopper_or_later(device: torch.device) -> int:
-    """The first number of a card's compute capability where it is NVIDIA's and 9 at least, else 0.
+def nvidia_generation(device: torch.device) -> int:
+    """The first number of an NVIDIA card's compute capability, 9 for Hopper; 0 for other devices, AMD's cards too.
 
-    From Hopper on there are the copy engine and launches that overlap. AMD's cards number themselves alike.
+    From Hopper on there are the copy engine and launches that overlap.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return 0
-    major = torch.cuda.get_device_capability(device)[0]
-    return major if major >= 9 else 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def on_own_device(launch: Callable[P, R]) -> Callable[P, R]:
@@ -58,7 +57,8 @@ def on_own_device(launch: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(launch)
     def run(*arguments: P.args, **options: P.kwargs) -> R:
-        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        values = (*arguments, *options.values())
+        device = next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*arguments, **options)
         with torch.cuda.device(device):

@@ -210,7 +210,7 @@ class StageTrainer(ShardedTrainer):
         if self.config.cuda_graph == "on" and against:
             where = f"stages.{self.ctx.name}.cuda_graph"
             raise StageError(f"no CUDA graph of the training step: {against[0]}", where=where, fix=f"{where}=auto")
-        # Graphs of several ranks have not run on several GPUs yet: they are for those who ask.
+        # With several ranks graphs ran once, in one recipe on two GPUs: they are for those who ask.
         wanted = self.config.cuda_graph == "on" or (self.config.cuda_graph == "auto" and self.ctx.world_size == 1)
         return wanted and not against
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import pkgutil
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from kernel_cases import relative_error, requires_cuda
+from kernel_cases import relative_error
+from posttrain_kernels.decode_attention import decode_attention, decode_attention_reference
 from posttrain_kernels.dispatch import on_own_device
 from posttrain_kernels.linear_kl import linear_kl, linear_kl_reference
+from posttrain_kernels.mamba_step import gated_norm, gated_norm_reference
+from posttrain_kernels.mla_decode import mla_decode, mla_decode_reference
 from posttrain_kernels.rms_norm import rms_norm, rms_norm_reference
+from posttrain_kernels.rotary_cache import rotate, rotate_reference
 from posttrain_kernels.ssd_scan import ssd_scan, ssd_step, ssd_step_reference
 from posttrain_kernels.ssd_scan.torch_scan import chunked_scan
 from posttrain_kernels.swiglu import silu_mul, silu_mul_reference
 from ssd_scan_cases import inputs
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -50,54 +56,85 @@ def test_a_launch_is_on_the_device_of_its_first_tensor(on: str, launched_on: int
     assert seen == [launched_on] and current == [0]
 
 
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "decode_attention.launch:decode_attention_triton",
+        "linear_kl.scale:scale_in_place",
+        "linear_kl.triton_rows:TritonRows.step",
+        "mamba_step.kernels:conv_step_triton",
+        "mamba_step.kernels:gated_norm_triton",
+        "mla_decode.launch:mla_decode_triton",
+        "rms_norm.kernels:rms_norm_triton",
+        "rotary_cache.launch:latent_cache_triton",
+        "rotary_cache.launch:rotary_cache_triton",
+        "rotary_cache.launch:rotate_triton",
+        "ssd_scan.launch:step_in_place",
+        "ssd_scan.triton_scan:triton_scan",
+        "swiglu.kernels:silu_mul_triton",
+    ],
+)
+def test_every_operator_is_launched_so(launcher: str) -> None:
+    run = pkgutil.resolve_name(f"posttrain_kernels.{launcher}")
+    assert run.__wrapped__.__code__ is not run.__code__
+    assert run.__code__ is on_own_device(run.__wrapped__).__code__
+
+
+SECOND = "cuda:1"
+"""The current device is the first all the time."""
+on_two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture
+def draw() -> Iterator[Callable[..., Tensor]]:
+    torch.manual_seed(0)
+    yield lambda *shape: torch.randn(*shape, device=SECOND)
+    if SECOND != "cpu":
+        assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu
-@requires_cuda
-@two_devices
-class TestOnASecondDevice:
-    """The current device is the first all the time."""
-
-    device = "cuda:1"
-
-    @pytest.fixture(autouse=True)
-    def seeded(self) -> None:
-        torch.manual_seed(0)
-
-    def ends_on_the_first(self) -> None:
-        assert torch.cuda.current_device() == 0
-
-    def randn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=self.device)
-
-    def test_operators_of_decoding(self) -> None:
-        x, weight = self.randn(3, 64), self.randn(64)
-        assert relative_error(rms_norm(x, weight, 1e-6)[0], rms_norm_reference(x, weight, 1e-6)[0]) < 1e-5
-        assert relative_error(silu_mul(x), silu_mul_reference(x)) < 1e-5
-        x, dt, a, b, c, d = (tensor.detach().to(self.device) for tensor in inputs((4, 2, 1))[:6])
-        state = self.randn(x.shape[0], dt.shape[2], x.shape[3], b.shape[3])
-        one = (x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0])
-        expected, _ = ssd_step_reference(*one, state.clone(), d)
-        assert relative_error(ssd_step(*one, state, d), expected) < 1e-5
-        self.ends_on_the_first()
-
-    def test_the_scan_forth_and_back(self) -> None:
-        leaves = [tensor.detach().to(self.device).requires_grad_() for tensor in inputs((4, 2, 1))[:6]]
-        y, expected = ssd_scan(*leaves)[0], chunked_scan(*leaves)[0]
-        assert relative_error(y, expected) < 1e-5
-        weight = self.randn(*y.shape)
-        for ours, theirs in zip(*(torch.autograd.grad(out, leaves, weight) for out in (y, expected)), strict=True):
-            assert relative_error(ours, theirs) < 1e-4
-        self.ends_on_the_first()
-
-    def test_the_loss_forth_and_back(self) -> None:
-        student_h, student_w = (self.randn(*shape).requires_grad_() for shape in ((5, 64), (300, 64)))
-        teacher_h, teacher_w = self.randn(5, 32), self.randn(300, 32)
-        ours = linear_kl(student_h, student_w, teacher_h, teacher_w).loss
-        theirs = linear_kl_reference(student_h, student_w, teacher_h, teacher_w)[0]
+@on_two_devices
+@torch.no_grad()
+def test_operators_of_decoding_on_a_second_device(draw: Callable[..., Tensor]) -> None:
+    x, weight = draw(3, 64), draw(64)
+    start, length = torch.zeros(3, dtype=torch.int32, device=SECOND), torch.tensor(7, dtype=torch.int32, device=SECOND)
+    positions = torch.arange(3, device=SECOND)
+    q, rope = draw(3, 4, 64), draw(3, 4, 16)
+    attention = (q, draw(3, 2, 9, 64), draw(3, 2, 9, 64), start, length, 0.125)
+    latent = (q, rope, draw(3, 9, 64), draw(3, 9, 16), start, length, 0.125)
+    for ours, theirs in (
+        (rms_norm(x, weight, 1e-6)[0], rms_norm_reference(x, weight, 1e-6)[0]),
+        (silu_mul(x), silu_mul_reference(x)),
+        (gated_norm(x, 2 * x, weight, 1e-6, 64), gated_norm_reference(x, 2 * x, weight, 1e-6, 64)),
+        (rotate(rope, x[:, :16], x[:, 16:32], positions), rotate_reference(rope, x[:, :16], x[:, 16:32], positions)),
+        (decode_attention(*attention), decode_attention_reference(*attention)),
+        (mla_decode(*latent), mla_decode_reference(*latent)),
+    ):
         assert relative_error(ours, theirs) < 1e-4
-        pairs = (torch.autograd.grad(loss, (student_h, student_w)) for loss in (ours, theirs))
-        for our_gradient, their_gradient in zip(*pairs, strict=True):
-            assert relative_error(our_gradient, their_gradient) < 1e-3
-        self.ends_on_the_first()
+
+
+@pytest.mark.gpu
+@on_two_devices
+def test_the_scan_on_a_second_device_forth_and_back_and_a_step(draw: Callable[..., Tensor]) -> None:
+    leaves = [tensor.to(SECOND).requires_grad_() for tensor in inputs((4, 2, 1))[:6]]
+    y, expected = ssd_scan(*leaves)[0], chunked_scan(*leaves, None, None, 64)[0]
+    assert relative_error(y, expected) < 1e-5
+    weight = draw(*y.shape)
+    for ours, theirs in zip(*(torch.autograd.grad(out, leaves, weight) for out in (y, expected)), strict=True):
+        assert relative_error(ours, theirs) < 1e-4
+    x, dt, a, b, c, d = (leaf.detach() for leaf in leaves)
+    state, one = draw(x.shape[0], dt.shape[2], x.shape[3], b.shape[3]), (x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0])
+    expected, _ = ssd_step_reference(*one, state.clone(), d)
+    assert relative_error(ssd_step(*one, state, d), expected) < 1e-5
+
+
+@pytest.mark.gpu
+@on_two_devices
+def test_the_loss_on_a_second_device_forth_and_back(draw: Callable[..., Tensor]) -> None:
+    student = draw(5, 64).requires_grad_(), draw(300, 64).requires_grad_()
+    teacher = draw(5, 32), draw(300, 32)
+    ours, theirs = 2 * linear_kl(*student, *teacher).loss, 2 * linear_kl_reference(*student, *teacher)[0]
+    assert relative_error(ours, theirs) < 1e-4
+    for gradient, expected in zip(*(torch.autograd.grad(loss, student) for loss in (ours, theirs)), strict=True):
+        assert relative_error(gradient, expected) < 1e-3

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain_kernels.dispatch import on_own_device
-
-from ..sizes import cdiv
+from posttrain_kernels.sizes import cdiv
 
 BLOCK = 4096
 PROGRAMS = 1024

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import hopper_or_later, on_own_device
+from ..dispatch import nvidia_generation, on_own_device
 from ..inference import dense_width, unit_stride
 from ..sizes import cdiv, next_power_of_2
 from .kernels import combine_parts_kernel, mla_decode_kernel
@@ -114,7 +114,7 @@ def _combine(parts: Tensor, exponents: Tensor, out: Tensor, overlap: dict[str, b
 
 def _overlap(device: torch.device) -> dict[str, bool]:
     """Programmatic dependent launch: a kernel is set up while the one before it ends, and waits for it in place."""
-    return dict(launch_pdl=True) if hopper_or_later(device) else {}
+    return dict(launch_pdl=True) if nvidia_generation(device) >= 9 else {}
 
 
 def _padded(width: int) -> int:
@@ -142,7 +142,7 @@ def _describable(cache: Tensor) -> bool:
 
 def _runs_gluon(device: torch.device, dtype: torch.dtype) -> bool:
     """Hopper's matrix instructions, on 16-bit elements."""
-    return hopper_or_later(device) == 9 and dtype.itemsize == 2
+    return nvidia_generation(device) == 9 and dtype.itemsize == 2
 
 
 def _descriptor(cache: Tensor, tile: Tile, halves: bool) -> object:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import hopper_or_later, on_own_device
+from ..dispatch import nvidia_generation, on_own_device
 from ..inference import unit_stride
 from ..sizes import cdiv, next_power_of_2
 from .grad_kernels import chunk_grad_kernel
@@ -321,7 +321,7 @@ def _sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
 
 def has_copy_engine(tensor: Tensor) -> bool:
     """Hopper and later; the interpreter on a CPU has one too."""
-    return not tensor.is_cuda or hopper_or_later(tensor.device) > 0
+    return not tensor.is_cuda or nvidia_generation(tensor.device) >= 9
 
 
 def boxed(tma: bool, tensor: Tensor, chunk: int, width: int | None = None) -> Tensor | TensorDescriptor:

@@ -20,7 +20,7 @@ class MambaSettings(BaseModel):
         description="published: attention's queries, keys, values and output projection become C, B, x and output; "
         "gate, step sizes, decays and convolution are random (Zebra-Llama). aligned: what is not attention starts "
         "neutral (convolution passes the last token, gate one, no norm, no skip) and each head forgets at the pace of "
-        "its mean attention distance; needs statistics. Whether it trains better is not measured yet.",
+        "its mean attention distance; needs statistics.",
     )
     conv_kernel: int = Field(default=4, ge=1, description="Tokens that the convolution spans.")
     repeat_before_conv: bool = Field(

@@ -156,6 +156,27 @@ def test_interrupted_and_resumed_is_uninterrupted(context, monkeypatch: pytest.M
     assert_same(whole, outcome(context(work="cut", save_every=2)))
 
 
+def test_moments_are_freed_before_the_model_is_copied_to_be_written(context, monkeypatch) -> None:  # noqa: F811
+    from posttrain.models import loading
+
+    trainers, moments, fit, save = [], [], LayerTrainer.fit, loading.save_model
+
+    def fit_and_tell(trainer: LayerTrainer) -> list[dict[str, float]]:
+        history = fit(trainer)
+        trainers.append(trainer)
+        moments.append(len(trainer.optimizer.optimizer.state))
+        return history
+
+    def look_and_save(*arguments, **options):
+        moments.append(len(trainers[0].optimizer.optimizer.state))
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(LayerTrainer, "fit", fit_and_tell)
+    monkeypatch.setattr(loading, "save_model", look_and_save)
+    outcome(context(max_steps=2))
+    assert moments[0] > 0 and moments[1:] == [0]
+
+
 def test_layers_on_several_ranks_are_those_of_one() -> None:
     """Whatever the ranks, every layer has one owner, in order, and the most work is the least there can be."""
     for layers in (1, 3, 16, 30):
