@@ -35,6 +35,8 @@ SILENT_SECONDS = 15.0
 """The same for one in a Slurm job that is over: long enough for a machine that Slurm has lost, yet still beats."""
 CONTEST_SECONDS = 5.0
 """How long more than its patience a process tries to take a lock that nobody holds."""
+LATE_SECONDS = 0.1
+"""How long whoever made a number in vain has to take it away again before it counts as one that took the lock over."""
 CLOCK_SECONDS = 30.0
 """How long the difference between this machine's clock and the file system's is taken to stay the same."""
 
@@ -151,10 +153,13 @@ class Lock:
         deadline = time.monotonic() + patience
         while True:
             before = _newest(path)
+            # Read before it is judged: once its holder has let go, the next one may make a file of the same number,
+            # which is not the one that was found to hold nothing.
+            replaced = _token(before)
             taken = before is not None and _holds(before)
             if not taken:
                 owner = this_process()
-                file = _take(path, before, owner)
+                file = _take(path, before, replaced, owner)
                 if file is not None:
                     return cls(path, file, owner, on_lost)
             # A free lock that others snatch away again and again is worth some more tries than one that is held.
@@ -166,20 +171,19 @@ class Lock:
     @property
     def held(self) -> bool:
         """Whether the lock is still this one: looked up on the disk."""
-        for pause in (0.05, 0.5, 2.0, None):
-            try:
-                return self._is_ours()
-            except OSError:
-                # A server that does not answer has not taken the lock away.
-                if pause is None:
-                    raise
-                time.sleep(pause)
-        raise AssertionError
+        return _answer(self._is_ours)
 
     def _is_ours(self) -> bool:
         """Raises OSError where the file system cannot tell now."""
         if _newest(self.path) != self._file:
-            return False
+            # A higher number may be that of somebody who came too late, sees so and takes it away again.
+            time.sleep(LATE_SECONDS)
+            if _newest(self.path) != self._file:
+                return False
+        return self._is_there()
+
+    def _is_there(self) -> bool:
+        """Whether our file is there, whatever others are; raises OSError where the file system cannot tell now."""
         try:
             text = self._file.read_text()
         except FileNotFoundError:
@@ -196,8 +200,9 @@ class Lock:
         if not self._end.is_set():
             self._end.set()
             # The folder may have been removed, or removed and made again with somebody else's lock of this number.
+            # Ours is taken away whatever higher numbers there are: left behind, it would be held while we live.
             with contextlib.suppress(OSError):
-                if self.held:
+                if _answer(self._is_there):
                     self._file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
@@ -220,6 +225,16 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _answer(ask: Callable[[], bool]) -> bool:
+    """What the file system says: a server that does not answer has not taken a lock away, and is asked again."""
+    for pause in (0.05, 0.5, 2.0):
+        try:
+            return ask()
+        except OSError:
+            time.sleep(pause)
+    return ask()
 
 
 def held(path: Path) -> bool:
@@ -247,10 +262,12 @@ def _names(path: Path) -> list[str]:
         return []
 
 
-def _take(path: Path, before: Path | None, owner: Owner) -> Path | None:
-    """Make the number after `before`, which holds nothing any more; None when somebody else was quicker."""
-    replaced = _token(before)
-    if before is not None and replaced is None:
+def _take(path: Path, before: Path | None, replaced: str | None, owner: Owner) -> Path | None:
+    """Make the number after `before`, which holds nothing any more; None when somebody else was quicker.
+
+    `replaced` is the token that `before` had when it was looked at.
+    """
+    if before is not None and (replaced is None or _token(before) != replaced):
         return None  # gone since we looked: numbers may have started anew
     file = path / str(int(before.name) + 1 if before is not None else 1)
     try:

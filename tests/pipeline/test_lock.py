@@ -204,6 +204,38 @@ def test_a_slow_taker_does_not_get_a_lock_that_moved_on(tmp_path, monkeypatch):
     assert [entry.name for entry in path.iterdir()] == ["1"]
 
 
+def test_who_follows_a_holder_that_left_is_not_taken_for_it(tmp_path, monkeypatch):
+    """While number 1 is being judged its holder lets go, and somebody else makes a number 1, which is no less held."""
+    path = tmp_path / "lock"
+    first = write_lock(path, this_process(), 1)
+    real, followers = locks._holds, []
+
+    def look(file):
+        if not followers:
+            first.unlink()
+            followers.append(write_lock(path, this_process(), 1))
+            return False  # as of a file that is gone
+        return real(file)
+
+    monkeypatch.setattr(locks, "_holds", look)
+    with pytest.raises(LockHeld):
+        Lock.acquire(path, patience=0)
+    assert [entry.name for entry in path.iterdir()] == ["1"]
+
+
+def test_somebody_who_comes_too_late_does_not_make_a_holder_lose_its_lock(tmp_path, monkeypatch):
+    """The number made in vain is there for a moment, in which the holder looks; and for good when it lets go."""
+    lock = Lock.acquire(tmp_path / "lock")
+    late = lock.path / str(int(lock._file.name) + 1)
+    late.write_text("")
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: late.unlink(missing_ok=True))
+    assert lock.held
+    monkeypatch.undo()
+    late.write_text("")
+    lock.release()
+    assert [entry.name for entry in lock.path.iterdir()] == [late.name]
+
+
 def test_processes_that_take_turns_never_overlap(tmp_path):
     script = (
         "import sys, time; from pathlib import Path\n"
@@ -250,9 +282,10 @@ def test_a_taker_whose_number_was_gone_before_it_looked_again_backs_out(tmp_path
     """It saw number 5 dead; then another made 6 and let go of it, and a third has 1 in the empty folder."""
     path = tmp_path / "lock"
     stale = write_lock(path, gone_process(), 5)
+    seen = locks._token(stale)
     stale.unlink()
     write_lock(path, this_process(), 1)
-    assert locks._take(path, stale, this_process()) is None
+    assert locks._take(path, stale, seen, this_process()) is None
     assert [entry.name for entry in path.iterdir()] == ["1"]
 
 
