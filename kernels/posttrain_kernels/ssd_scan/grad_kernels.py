@@ -24,12 +24,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import LENGTHS, advance, load_decays, load_tile, pair_decays, store_tile
+from .parts import LENGTHS, advance, load_decays, load_tile, load_whole, pair_decays, store_tile
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def chunk_grad_kernel(
-    p_x, p_b, p_c, p_dy, p_a, p_d, p_decays, p_whole, p_resets, p_first, p_g,
+    p_x, p_b, p_c, p_dy, p_a, p_d, p_decays, p_resets, p_first, p_g,
     p_dx, p_ddt, p_db, p_dc, p_da, p_dd,
     x_row, x_head, b_row, b_head, c_row, c_head, dy_row, dy_head, T, chunks, length, parts,
     x_token: tl.constexpr, b_token: tl.constexpr, c_token: tl.constexpr, dy_token: tl.constexpr,
@@ -79,62 +79,64 @@ def chunk_grad_kernel(
         b_h += tl.load(p_first + (line * parts + part) * (P * N) + tile).to(tl.float32)
     da = tl.zeros([L], tl.float32)
     dd = tl.zeros([L], tl.float32)
+    b_earlier = tl.where(at[None, :] < at[:, None], 1.0, 0.0).to(TYPE)  # [t, u], in shared memory from here on
     begin = part * length
-    # Addresses and descriptors of all tiles, kept over the loop, would take more registers than there are.
+    # Statements in the order of which a compiler search said that nothing is spilled (sm_90, P = N = L = 64). Addresses
+    # and descriptors of all tiles, kept over the loop, would take more registers than there are.
     for i in tl.range(0, tl.minimum(length, chunks - begin), disable_licm=True):
         chunk = line * chunks + begin + i
         start = (begin + i).to(tl.int64) * L
         left = (T - start).to(tl.int32)
-        whole = tl.load(p_whole + chunk)
+        whole = load_whole(p_decays, p_resets, begin + i, L, PACKED)
         if TMA:
             b_g = p_g.load([chunk.to(tl.int32) * P, 0])
         else:
             b_g = tl.load(p_g + chunk * (P * N) + tile)
-        through = whole * tl.sum(b_g.to(tl.float32) * b_h)
-        b_before = b_h.to(TYPE)
-        b_b = load_tile(p_b, token, b_at, start, b_token, left, L, N, TYPE, TMA)
         b_x = load_tile(p_x, token, x_at, start, x_token, left, L, P, TYPE, TMA)
         dt, high, low, resets, enter, leave = load_decays(p_decays, p_resets, begin + i, L, PACKED)
-        # First, since x and c are wanted in registers here alone.
+        b_b = load_tile(p_b, token, b_at, start, b_token, left, L, N, TYPE, TMA)
         b_w = tl.dot(b_b, tl.trans(b_g), input_precision=PRECISION)
         leaving = leave * tl.sum(b_w * b_x.to(tl.float32), axis=1)
+        b_before = b_h.to(TYPE)
         b_dy = load_tile(p_dy, token, dy_at, start, dy_token, left, L, P, TYPE, TMA)
         b_c = load_tile(p_c, token, c_at, start, c_token, left, L, N, TYPE, TMA)
-        b_dc = tl.dot(b_dy, b_before, input_precision=PRECISION)
-        entering = enter * tl.sum(b_dc * b_c.to(tl.float32), axis=1)
+        # whole ⟨g, h⟩, which every e_t has: in parts, one for each t', since a sum over all warps costs more barriers.
+        if P == L:
+            through = whole * tl.sum(b_g.to(tl.float32) * b_h, axis=1)
+        else:
+            through = tl.zeros([L], tl.float32) + whole * tl.sum(b_g.to(tl.float32) * b_h) / L
         b_h = advance(b_h, whole, b_x, b_b, leave * dt, TYPE, PRECISION)
 
-        b_q = tl.dot(b_x, tl.trans(b_dy), input_precision=PRECISION)
-        if HAS_D:
-            dd += tl.sum(tl.where(at[:, None] == at[None, :], b_q, 0.0), axis=1)
-        b_s = tl.dot(b_b, tl.trans(b_c), input_precision=PRECISION)
         b_decay = pair_decays(high, low, resets, L, PACKED, True, TYPE)
+        b_s = tl.dot(b_b, tl.trans(b_c), input_precision=PRECISION)
         b_s *= b_decay
+        b_q = tl.dot(b_x, tl.trans(b_dy), input_precision=PRECISION)
+        b_w = b_w * (leave * dt)[:, None] + d * b_dy.to(tl.float32)
         direct = leaving + tl.sum(b_s * b_q, axis=1)
         b_s *= dt[:, None]
         b_m = (b_s * b_q).to(TYPE)
-        b_q = (b_q * b_decay * dt[:, None]).to(TYPE)
-        b_w = b_w * (leave * dt)[:, None] + d * b_dy.to(tl.float32)
         b_w = tl.dot(b_s.to(TYPE), b_dy, acc=b_w, input_precision=PRECISION)
-        store_tile(p_dx, token, column * P, start, H * P, left, b_w, L, P, TMA_OUT)
-
+        if HAS_D:
+            dd += tl.sum(tl.where(at[:, None] == at[None, :], b_q, 0.0), axis=1)
+        b_q = (b_q * b_decay * dt[:, None]).to(TYPE)
         b_db = tl.dot(b_x, b_g, input_precision=PRECISION) * (leave * dt)[:, None]
+        store_tile(p_dx, token, column * P, start, H * P, left, b_w, L, P, TMA_OUT)
+        b_dc = tl.dot(b_dy, b_before, input_precision=PRECISION)
         b_db = tl.dot(b_q, b_c, acc=b_db, input_precision=PRECISION)
         store_tile(p_db, token, column * N, start, H * N, left, b_db, L, N, TMA_OUT)
-
         # Rounded before it goes through shared memory: half of the bytes.
         b_part = tl.dot(tl.trans(b_b), b_q, input_precision=PRECISION).to(TYPE)
-        b_dc = b_dc * enter[:, None] + tl.trans(b_part).to(tl.float32)
-        store_tile(p_dc, token, column * N, start, H * N, left, b_dc, L, N, TMA_OUT)
+        entering = enter * tl.sum(b_dc * b_c.to(tl.float32), axis=1)
 
-        # [t, u], though in the registers of [u, t], as decays are; the product is [t, t'].
-        if N == L:
-            b_earlier = tl.where((at[None, :] < at[:, None]) & (b_dc == b_dc), 1.0, 0.0)
-        else:
-            b_earlier = tl.where((at[None, :] < at[:, None]) & (b_m == b_m), 1.0, 0.0)
-        b_across = tl.dot(b_earlier.to(TYPE), b_m, input_precision=PRECISION) + entering[None, :]
-        e = through + tl.sum(tl.where(at[None, :] >= at[:, None], b_across, (leaving * dt)[None, :]), axis=1)
-        tl.store(p_ddt + (start + at) * H, (a * e + direct).to(p_ddt.dtype.element_ty), mask=at < left)
-        da += dt * e
+        # Always so, but Triton puts a branch behind the loads of the next chunk, which are on their way during this;
+        # else they would come last, each waited for at once. dc leaves at the end: by then db has left its buffer.
+        if left > 0:
+            b_dc = b_dc * enter[:, None] + tl.trans(b_part).to(tl.float32)
+            b_across = tl.dot(b_earlier, b_m, input_precision=PRECISION) + (entering + through)[None, :]  # [t, t']
+            e = tl.sum(tl.where(at[None, :] >= at[:, None], b_across, (leaving * dt + through)[None, :]), axis=1)
+            da += dt * e
+            p_at = p_ddt + (start + at) * H
+            tl.store(p_at, (a * e + direct).to(p_ddt.dtype.element_ty), mask=None if TMA else at < left)
+            store_tile(p_dc, token, column * N, start, H * N, left, b_dc, L, N, TMA_OUT)
     tl.store(p_da + line * parts + part, tl.sum(da))
     tl.store(p_dd + line * parts + part, tl.sum(dd))

@@ -195,20 +195,19 @@ def scan_backward(
 
 
 def sum_decays(scan: Scan, chunk: int) -> tuple[Tensor, ...]:
-    """dt, high, low and leave in one, whole, and resets of every chunk, as `sum_decays_kernel` describes them."""
+    """dt, high, low and leave in one, and resets, of every chunk, as `sum_decays_kernel` describes them."""
     rows, tokens, heads, _, _ = scan.sizes
     chunks = cdiv(tokens, chunk)
     each = torch.empty(rows, heads, chunks, 4, chunk, dtype=torch.float32, device=scan.x.device)
-    whole = each.new_empty(rows, heads, chunks)
     # Where nothing is packed no resets are read, and any pointer does.
-    resets = whole if scan.documents is None else each.new_empty(rows, chunks * chunk, dtype=torch.int32)
+    resets = each if scan.documents is None else each.new_empty(rows, chunks * chunk, dtype=torch.int32)
     block = min(DECAY_HEADS, next_power_of_2(heads))
     sum_decays_kernel[(rows * chunks, cdiv(heads, block))](
-        scan.dt, scan.a, scan.a if scan.documents is None else scan.documents, each, whole, resets,
+        scan.dt, scan.a, scan.a if scan.documents is None else scan.documents, each, resets,
         *scan.dt.stride(), tokens, chunks,
         H=heads, L=chunk, BLOCK_H=block, PACKED=scan.documents is not None, num_warps=4,
     )  # fmt: skip
-    return each, whole, resets
+    return each, resets
 
 
 def chunk_states(

@@ -70,6 +70,16 @@ def load_decays(p_decays, p_resets, chunk, L: tl.constexpr, PACKED: tl.constexpr
 
 
 @triton.jit
+def load_whole(p_decays, p_resets, chunk, L: tl.constexpr, PACKED: tl.constexpr):
+    """The decay of a state over a chunk: `enter` of its last token."""
+    chunk = chunk.to(tl.int64)
+    whole = tl.exp2(tl.load(p_decays + chunk * (4 * L) + 2 * L - 1))
+    if PACKED:
+        whole = tl.where(tl.load(p_resets + chunk * L + L - 1) == 0, whole, 0.0)
+    return whole
+
+
+@triton.jit
 def pair_decays(
     high, low, resets, L: tl.constexpr, PACKED: tl.constexpr, WRITERS: tl.constexpr, TYPE: tl.constexpr
 ):  # fmt: skip

@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import LENGTHS, advance, load_decays, load_tile, pair_decays, store_tile
+from .parts import LENGTHS, advance, load_decays, load_tile, load_whole, pair_decays, store_tile
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def chunk_scan_kernel(
-    p_x, p_b, p_c, p_d, p_decays, p_whole, p_resets, p_first, p_y, p_end,
+    p_x, p_b, p_c, p_d, p_decays, p_resets, p_first, p_y, p_end,
     x_row, x_head, b_row, b_head, c_row, c_head, T, chunks, length, segments,
     x_token: tl.constexpr, b_token: tl.constexpr, c_token: tl.constexpr,
     H: tl.constexpr, X_SHARE: tl.constexpr, B_SHARE: tl.constexpr, C_SHARE: tl.constexpr,
@@ -60,7 +60,7 @@ def chunk_scan_kernel(
     for i in range(tl.minimum(length, chunks - begin)):
         start = (begin + i).to(tl.int64) * L
         left = (T - start).to(tl.int32)
-        whole = tl.load(p_whole + line * chunks + begin + i)
+        whole = load_whole(p_decays, p_resets, begin + i, L, PACKED)
         b_x = load_tile(p_x, token, x_at, start, x_token, left, L, BLOCK_P, TYPE, TMA)
         b_b = load_tile(p_b, token, b_at, start, b_token, left, L, N, TYPE, TMA)
         b_c = load_tile(p_c, token, c_at, start, c_token, left, L, N, TYPE, TMA)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import LENGTHS, advance, load_decays, load_tile
+from .parts import LENGTHS, advance, load_decays, load_tile, load_whole
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def sum_decays_kernel(
-    p_dt, p_a, p_doc, p_decays, p_whole, p_resets,
+    p_dt, p_a, p_doc, p_decays, p_resets,
     dt_row, dt_token, dt_head, T, chunks,
     H: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,6 @@ def sum_decays_kernel(
             which high + low = Σ_{i≤t} dt_i a log2 e within the chunk. Summed in fp64 and split, since a decay between
             neighbours is a short difference of long sums: (high_t − high_u) + (low_t − low_u) keeps it. Then leave, the
             decay from u to the chunk's end. Side by side, so that one address serves all.
-        p_whole: [B, H, chunks], all of the chunk's.
         p_resets: [B, chunks · L], resets so far in the chunk, if PACKED. Pairs of other counts are not mixed.
     """
     chunk = tl.program_id(0) % chunks
@@ -47,7 +46,6 @@ def sum_decays_kernel(
     high = b_sum.to(tl.float32)
     low = (b_sum - high.to(tl.float64)).to(tl.float32)
     leave = tl.exp2((total[None, :] - b_sum).to(tl.float32))
-    whole = tl.exp2(total.to(tl.float32))
     if PACKED:
         p_doc += row * T + start
         inner = (at < left) & (at + start > 0)
@@ -57,7 +55,6 @@ def sum_decays_kernel(
         resets = tl.cumsum(reset, axis=0)
         last = tl.sum(reset, axis=0)
         leave = tl.where((resets == last)[:, None], leave, 0.0)
-        whole = tl.where(last == 0, whole, 0.0)
         if tl.program_id(1) == 0:
             tl.store(p_resets + row * chunks * L + start + at, resets)
     line = row * H + head
@@ -66,12 +63,11 @@ def sum_decays_kernel(
     tl.store(p_decays + to + L, high, mask=there[None, :])
     tl.store(p_decays + to + 2 * L, low, mask=there[None, :])
     tl.store(p_decays + to + 3 * L, leave, mask=there[None, :])
-    tl.store(p_whole + line * chunks + chunk, whole, mask=there)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def chain_states_kernel(
-    p_x, p_b, p_c, p_dy, p_decays, p_whole, p_resets,
+    p_x, p_b, p_c, p_dy, p_decays, p_resets,
     p_first, p_last, p_h, p_g, p_end, p_decay,
     x_row, x_head, b_row, b_head, c_row, c_head, dy_row, dy_head, T, chunks, length, segments, span,
     x_token: tl.constexpr, b_token: tl.constexpr, c_token: tl.constexpr, dy_token: tl.constexpr,
@@ -94,14 +90,13 @@ def chain_states_kernel(
     head = line % H  # 64 bits: where heads lie before tokens, its address passes 2^31
     first_p = (tl.program_id(0) % blocks) * BLOCK_P
     p_decays += line * chunks * (4 * L)
-    p_whole += line * chunks
     p_resets += row * chunks * L
     if FORWARD:
         if not BACKWARD or tl.program_id(2) == 0:
             _chain(
                 p_x + row * x_row + (head // X_SHARE) * x_head + first_p,
                 p_b + row * b_row + (head // B_SHARE) * b_head,
-                p_decays, p_whole, p_resets, p_first, p_h, p_end, p_decay,
+                p_decays, p_resets, p_first, p_h, p_end, p_decay,
                 x_token, b_token, line, first_p, T, chunks, length, segments, span,
                 P, N, L, BLOCK_P, False, FIRST, LOCAL, PACKED, TYPE, PRECISION,
             )  # fmt: skip
@@ -110,7 +105,7 @@ def chain_states_kernel(
             _chain(
                 p_dy + row * dy_row + head * dy_head + first_p,
                 p_c + row * c_row + (head // C_SHARE) * c_head,
-                p_decays, p_whole, p_resets, p_last, p_g, p_end, p_decay,
+                p_decays, p_resets, p_last, p_g, p_end, p_decay,
                 dy_token, c_token, line, first_p, T, chunks, length, segments, 1,
                 P, N, L, BLOCK_P, True, LAST, LOCAL, PACKED, TYPE, PRECISION,
             )  # fmt: skip
@@ -118,7 +113,7 @@ def chain_states_kernel(
 
 @triton.jit
 def _chain(
-    p_values, p_keys, p_decays, p_whole, p_resets, p_given, p_states, p_end, p_decay,
+    p_values, p_keys, p_decays, p_resets, p_given, p_states, p_end, p_decay,
     values_token: tl.constexpr, keys_token: tl.constexpr, line, first_p, T, chunks, length, segments, span,
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
     REVERSE: tl.constexpr, GIVEN: tl.constexpr, LOCAL: tl.constexpr,
@@ -138,7 +133,7 @@ def _chain(
         chunk = begin + (count - 1 - i if REVERSE else i)
         start = chunk.to(tl.int64) * L
         left = (T - start).to(tl.int32)
-        whole = tl.load(p_whole + chunk)
+        whole = load_whole(p_decays, p_resets, chunk, L, PACKED)
         b_values = load_tile(p_values, 0, 0, start, values_token, left, L, BLOCK_P, TYPE, False)
         b_keys = load_tile(p_keys, 0, 0, start, keys_token, left, L, N, TYPE, False)
         dt, _, _, _, enter, leave = load_decays(p_decays, p_resets, chunk, L, PACKED)
