@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
+from posttrain_kernels.dispatch import shared_memory
 from posttrain_kernels.ssd_scan.launch import Scan, scan_backward, scan_forward
 from posttrain_kernels.ssd_scan.tiles import RUNS, Plan, Tile, candidates, choose_plan
 
@@ -47,7 +48,16 @@ def main(argv: list[str] | None = None) -> int:
     dtype = dtype_for(device)
     inputs = make_inputs(shape, device, dtype)
     expected = reference(inputs, backward=True)
-    default = choose_plan(shape.batch * shape.heads, shape.tokens, shape.head, shape.state, dtype.itemsize, 64)
+    default = choose_plan(
+        shape.batch * shape.heads,
+        shape.tokens,
+        shape.head,
+        shape.state,
+        dtype.itemsize,
+        64,
+        None,
+        shared_memory(device),
+    )
     tiles = candidates(shape.head, shape.state, dtype.itemsize)
     rows, best = [], default
     for of in options.passes:

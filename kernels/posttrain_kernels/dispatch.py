@@ -12,6 +12,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .sizes import HOPPER_SHARED_MEMORY
+
 P, R = ParamSpec("P"), TypeVar("R")
 
 
@@ -46,6 +48,16 @@ def nvidia_generation(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is not None:
         return 0
     return torch.cuda.get_device_capability(device)[0]
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program of Triton's may have; a Hopper card's for the interpreter."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_MEMORY
+    from triton.runtime import driver
+
+    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def on_own_device(launch: Callable[P, R]) -> Callable[P, R]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import relative_error, requires_cuda
 from posttrain_kernels.ssd_scan import ssd_scan, ssd_step, ssd_step_reference
-from posttrain_kernels.ssd_scan.tiles import Plan, Tile, candidates, choose_plan
+from posttrain_kernels.ssd_scan.tiles import BACKWARD_IN_LESS, FORWARD_IN_LESS, Plan, Tile, candidates, choose_plan
 from posttrain_kernels.ssd_scan.torch_scan import chunked_scan
 from posttrain_kernels.ssd_scan.triton_scan import triton_scan
 from ssd_scan_cases import documents, inputs, judge
@@ -104,7 +104,11 @@ WIDTHS = [(64, 64), (128, 128)]
 def tiles(of: str) -> list[tuple[tuple[int, int], Tile, torch.dtype]]:
     """Widths, tile and type of everything that may be chosen for a pass."""
     cases = [(width, torch.bfloat16) for width in WIDTHS] + [((64, 64), torch.float32)]
-    return [(width, tile, dtype) for width, dtype in cases for tile in candidates(*width, dtype.itemsize)[of]]
+    found = [(width, tile, dtype) for width, dtype in cases for tile in candidates(*width, dtype.itemsize)[of]]
+    less = {"forward": [FORWARD_IN_LESS], "backward": BACKWARD_IN_LESS.values()}.get(of, [])
+    return found + [
+        ((128, 128), tile, torch.bfloat16) for tile in less if ((128, 128), tile, torch.bfloat16) not in found
+    ]
 
 
 def tile_name(value: object) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from posttrain_kernels.ssd_scan.tiles import (
     MULTIPROCESSORS,
@@ -24,7 +26,10 @@ from posttrain_kernels.ssd_scan.tiles import (
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_what_is_chosen_is_among_the_candidates_that_are_judged(head, state, itemsize):
     plan, judged = choose_plan(256, 4096, head, state, itemsize, 64), candidates(head, state, itemsize)
-    assert plan.forward in judged["forward"] and plan.states in judged["states"] and plan.backward in judged["backward"]
+    assert plan.states in judged["states"]
+    for tile, of in ((plan.forward, judged["forward"]), (plan.backward, judged["backward"])):
+        assert replace(tile, pointers=None) in of
+        assert tile.by_pointers() in of
     assert plan.backward.width == head and head % plan.forward.width == 0
 
 
@@ -45,14 +50,33 @@ def test_rows_are_cut_where_they_leave_the_card_idle():
 
 
 def test_backward_has_runs_where_whole_rows_leave_places_free():
-    places = 2 * MULTIPROCESSORS
-    assert choose_run(256, 4096) is None and choose_run(places, 4096) is None and choose_run(2 * places, 4096) is None
-    assert choose_run(128, 4096) == choose_run(places + 1, 4096) == RUN
-    assert choose_run(128, RUN) is None, "one run is the row"
+    for resident in (1, 2):
+        places = resident * MULTIPROCESSORS
+        assert all(choose_run(lines, 4096, resident) is None for lines in (places, places - 8, 2 * places))
+        assert choose_run(places // 2, 4096, resident) == choose_run(places + 1, 4096, resident) == RUN
+        assert choose_run(places // 2, RUN, resident) is None, "one run is the row"
     plan = choose_plan(128, 4096, 64, 64, 2, 64)
     assert (plan.segment, plan.run) == (None, RUN)
+    assert choose_plan(128, 4096, 128, 128, 2, 64).run is None, "programs of 8 warps are one a multiprocessor"
     few = choose_plan(8, 16384, 64, 64, 2, 64)
     assert few.segment is not None and few.run is None, "segments are the runs"
+
+
+def test_wide_heads_take_less_where_a_card_has_less_shared_memory():
+    def plan(shared_memory: int, width: int = 128) -> Plan:
+        return choose_plan(256, 4096, width, width, 2, 64, None, shared_memory)
+
+    hopper, ampere, ada = (plan(kib * 1024) for kib in (227, 163, 99))
+    assert hopper == choose_plan(256, 4096, 128, 128, 2, 64)
+    assert hopper.backward.chunk > ampere.backward.chunk > ada.backward.chunk
+    assert not any(tile.tma for less in (ampere, ada) for tile in (less.forward, less.backward))
+    assert plan(99 * 1024, 64) == plan(227 * 1024, 64)
+
+
+def test_chunks_in_flight_are_as_many_as_by_pointers_where_the_copy_engine_does_not_carry_them():
+    tile = Tile(64, 64, 4, 4, tma=True, pointers=2)
+    assert (tile.in_flight(True), tile.in_flight(False)) == (4, 2)
+    assert replace(tile, pointers=None).in_flight(False) == 4
 
 
 def test_segments_and_runs_are_whole_chunks_and_states_have_the_chunks_of_the_gradients():

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import nvidia_generation, on_own_device
+from ..dispatch import nvidia_generation, on_own_device, shared_memory
 from ..inference import unit_stride
 from ..sizes import cdiv, next_power_of_2
 from .grad_kernels import chunk_grad_kernel
@@ -66,7 +66,8 @@ class Scan:
         operands = operands or product_type(x, b, c)
         lines, (tokens, _, head) = dt.shape[0] * dt.shape[2], x.shape[1:]
         loaded = max(tensor.element_size() for tensor in (x, b, c))
-        plan = plan or choose_plan(lines, tokens, head, b.shape[-1], operands.itemsize, chunk, loaded)
+        sizes = (lines, tokens, head, b.shape[-1], operands.itemsize, chunk, loaded)
+        plan = plan or choose_plan(*sizes, shared_memory(x.device))
         return cls(x, dt, a.contiguous(), b, c, None if d is None else d.contiguous(), documents, plan, operands)
 
     @cached_property
@@ -152,7 +153,7 @@ def scan_forward(scan: Scan, initial_state: Tensor | None) -> tuple[Tensor, Tens
         scan.a if scan.d is None else scan.d, *decays, last if first is None else first,
         boxed(tma_out, y, tile.chunk, tile.width), last, *scan.strides, tokens, *scan.lengths(tile.chunk),
         *scan.token_strides, L=tile.chunk, BLOCK_P=tile.width, FIRST=first is not None, HAS_D=scan.d is not None,
-        TMA=tma, TMA_OUT=tma_out, **scan.options, num_warps=tile.warps, num_stages=tile.stages,
+        TMA=tma, TMA_OUT=tma_out, **scan.options, num_warps=tile.warps, num_stages=tile.in_flight(tma),
     )  # fmt: skip
     return y, last, first
 
@@ -186,7 +187,7 @@ def scan_backward(
         *(boxed(tma_out, grad, tile.chunk) for grad in (grad_b, grad_c)), grad_a, grad_d,
         *scan.strides, *grad_y.stride()[:3:2], tokens, *scan.lengths(tile.chunk)[:1], scan.run // tile.chunk, parts,
         *scan.token_strides, grad_y.stride(1), L=tile.chunk, FIRST=first is not None, HAS_D=scan.d is not None,
-        TMA=tma, TMA_OUT=tma_out, **scan.options, num_warps=tile.warps, num_stages=tile.stages,
+        TMA=tma, TMA_OUT=tma_out, **scan.options, num_warps=tile.warps, num_stages=tile.in_flight(tma),
     )  # fmt: skip
     shared = (_sum_heads(grad, like) for grad, like in ((grad_x, scan.x), (grad_b, scan.b), (grad_c, scan.c)))
     grad_x, grad_b, grad_c = shared

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
+from ..sizes import HOPPER_SHARED_MEMORY
+
 WIDTHS = (16, 32, 64, 128)
 """Head and state widths of the kernels."""
 MULTIPROCESSORS = 132
@@ -18,8 +20,8 @@ RUN = 512
 RUNS = (256, RUN, 1024)
 """What tuning tries beside whole rows."""
 RUN_FILL = 0.8
-"""Of the places on the card (two programs a multiprocessor) that whole rows must take in each round: runs read x and b
-once more, and states besides, a fifth of the bytes."""
+"""Of the places on the card that whole rows must take in each round: runs read x and b once more, and states besides, a
+fifth of the bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Tile:
         width: columns of the head width P of a program, at most (the gradients need all of them in one).
         warps: of a program; stages: chunks in flight.
         tma: chunks come through the copy engine where inputs are laid out for it; tma_out: and results leave so.
+        pointers: chunks in flight where the copy engine does not carry them, if not `stages`.
     """
 
     chunk: int
@@ -39,6 +42,20 @@ class Tile:
     stages: int
     tma: bool = False
     tma_out: bool = False
+    pointers: int | None = None
+
+    @property
+    def resident(self) -> int:
+        """Programs of a multiprocessor while each thread has as many registers as there can be."""
+        return max(1, 8 // self.warps)
+
+    def in_flight(self, carried: bool) -> int:
+        """Chunks in flight, by the copy engine if `carried`."""
+        return self.stages if carried or self.pointers is None else self.pointers
+
+    def by_pointers(self) -> Tile:
+        """The tile without the copy engine."""
+        return replace(self, stages=self.in_flight(False), tma=False, tma_out=False, pointers=None)
 
     def cut(self, chunk: int, head: int) -> Tile:
         """The tile for a caller who wants `chunk` tokens at most, and heads `head` wide."""
@@ -73,34 +90,56 @@ class Plan:
             raise ValueError(f"chunks of {chunks} tokens, runs of {self.run} and segments of {self.segment} do not fit")
 
 
-FORWARD = {64: Tile(64, 64, 4, 3, tma=True, tma_out=True), 128: Tile(64, 64, 4, 2)}
-STATES = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
-BACKWARD = {64: Tile(64, 128, 4, 2, tma=True, tma_out=True), 128: Tile(32, 128, 8, 1)}
-"""By the wider of P and N (at most), for 16-bit operands: at 64 timed on an H200, at 128 chosen by what the compiler
-says (`scripts/tune_ssd_scan.py --groups 32 32 32`)."""
+FORWARD = {
+    32: Tile(64, 64, 4, 3, tma=True),
+    64: Tile(64, 64, 4, 3, tma=True, tma_out=True),
+    128: Tile(64, 64, 4, 4, tma=True, tma_out=True, pointers=2),
+}
+STATES = Tile(64, 64, 4, 3)
+BACKWARD = {
+    32: Tile(64, 128, 4, 2, tma=True),
+    64: Tile(64, 128, 4, 2, tma=True, tma_out=True),
+    128: Tile(64, 128, 8, 2, tma=True, tma_out=True),
+}
+"""By the wider of P and N (at most), for 16-bit operands, timed on an H200 (`scripts/tune_ssd_scan.py`)."""
+FORWARD_IN_LESS = FORWARD[128].by_pointers()
+BACKWARD_IN_LESS = {120 * 1024: Tile(32, 128, 8, 1), 0: Tile(16, 128, 4, 1)}
+"""At widths of 128 where a program may not have a Hopper card's shared memory, by what it may have at least: an A100's,
+and 100 KiB. What fits by what the compiler says; not timed."""
 WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 """Forward, states and backward where products have fp32 operands: right, not fast."""
 
 
 @lru_cache
 def choose_plan(
-    lines: int, tokens: int, head: int, state: int, itemsize: int, chunk: int, loaded: int | None = None
+    lines: int,
+    tokens: int,
+    head: int,
+    state: int,
+    itemsize: int,
+    chunk: int,
+    loaded: int | None = None,
+    shared_memory: int = HOPPER_SHARED_MEMORY,
 ) -> Plan:
     """The plan for `lines` rows times heads, P = `head` and N = `state`.
 
-    Operands of products have `itemsize` bytes; inputs are `loaded` with as many or more.
+    Operands of products have `itemsize` bytes; inputs are `loaded` with as many or more. A program may have
+    `shared_memory` bytes.
     """
-    widest = 64 if max(head, state) <= 64 else 128
-    chosen = (FORWARD[widest], STATES[widest], BACKWARD[widest]) if itemsize == 2 else WIDE_ELEMENTS
+    widest = next(width for width in FORWARD if max(head, state) <= width)
+    chosen = (FORWARD[widest], STATES, BACKWARD[widest]) if itemsize == 2 else WIDE_ELEMENTS
+    if itemsize == 2 and widest == 128 and shared_memory < HOPPER_SHARED_MEMORY:
+        less = next(tile for least, tile in BACKWARD_IN_LESS.items() if shared_memory >= least)
+        chosen = (FORWARD_IN_LESS, STATES, less)
     forward, states, backward = (tile.cut(chunk, head) for tile in chosen)
     states = replace(states, chunk=backward.chunk)
-    if min(head, state) < 64:  # narrower tiles are right with the copy engine, and were not timed
-        forward, backward = (replace(tile, tma=False, tma_out=False) for tile in (forward, backward))
+    if min(head, state) < 32:  # narrower tiles are right with the copy engine, and were not timed
+        forward, backward = forward.by_pointers(), backward.by_pointers()
     if (loaded or itemsize) > itemsize:  # chunks in flight take twice the shared memory
         forward, states = (replace(tile, stages=min(2, tile.stages)) for tile in (forward, states))
         backward = replace(backward, stages=1)
     segment = choose_segment(lines * (head // forward.width), tokens)
-    return Plan(forward, states, backward, segment, choose_run(lines, tokens) if segment is None else None)
+    return Plan(forward, states, backward, segment, None if segment else choose_run(lines, tokens, backward.resident))
 
 
 def choose_segment(programs: int, tokens: int) -> int | None:
@@ -114,9 +153,12 @@ def choose_segment(programs: int, tokens: int) -> int | None:
     return -(-tokens // (segments * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE
 
 
-def choose_run(lines: int, tokens: int) -> int | None:
-    """Tokens of a run where a program a row would fill the places on the card badly in the last round, else None."""
-    places = 2 * MULTIPROCESSORS
+def choose_run(lines: int, tokens: int, resident: int) -> int | None:
+    """Tokens of a run where a program a row would fill the places on the card badly in the last round, else None.
+
+    `resident`: programs of a multiprocessor.
+    """
+    places = resident * MULTIPROCESSORS
     rounds = -(-lines // places)
     return RUN if tokens > RUN and lines < RUN_FILL * rounds * places else None
 
