@@ -73,6 +73,14 @@ def test_wide_heads_take_less_where_a_card_has_less_shared_memory():
     assert plan(99 * 1024, 64) == plan(227 * 1024, 64)
 
 
+def test_the_wider_of_head_and_state_decides():
+    square = {width: choose_plan(256, 4096, width, width, 2, 64) for width in (64, 128)}
+    for head, state in ((64, 128), (128, 64), (16, 128), (32, 64)):
+        plan, wide = choose_plan(256, 4096, head, state, 2, 64), square[max(head, state)]
+        assert (plan.backward.chunk, plan.backward.warps) == (wide.backward.chunk, wide.backward.warps)
+        assert plan.forward.stages in (wide.forward.stages, wide.forward.pointers)
+
+
 def test_chunks_in_flight_are_as_many_as_by_pointers_where_the_copy_engine_does_not_carry_them():
     tile = Tile(64, 64, 4, 4, tma=True, pointers=2)
     assert (tile.in_flight(True), tile.in_flight(False)) == (4, 2)
