@@ -27,8 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 from posttrain_kernels.mla_decode import mla_decode_reference
-from posttrain_kernels.mla_decode.tiles import MULTIPROCESSORS, Tile, choose_splits, choose_tile
-from posttrain_kernels.sizes import HOPPER_SHARED_MEMORY
+from posttrain_kernels.mla_decode.tiles import MULTIPROCESSORS, SHARED_MEMORY, Tile, choose_splits, choose_tile
 
 from benchmarks.bench_mla_decode import SHAPES, Shape, caches
 from benchmarks.ceilings import measure_ceilings
@@ -110,10 +109,10 @@ def _fitting(tile: Tile, width: tuple[int, int]) -> Iterator[Tile]:
     # Accumulators in fp32 want half of the registers at most.
     accumulators = tile.heads * width[0] / (32 * tile.warps)
     memory = tile.shared_memory(2 * width[0], 2 * width[1])
-    if accumulators > 128 or memory > HOPPER_SHARED_MEMORY:
+    if accumulators > 128 or memory > SHARED_MEMORY:
         return
     registers = (2 if tile.heads == 64 and not tile.halves else 1) if tile.gluon else 65536 // (32 * tile.warps * 255)
-    yield replace(tile, resident=max(1, min(HOPPER_SHARED_MEMORY // memory, registers)))
+    yield replace(tile, resident=max(1, min(SHARED_MEMORY // memory, registers)))
 
 
 def _power_of_two(number: int) -> int:

@@ -24,9 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
-from posttrain_kernels.dispatch import shared_memory
 from posttrain_kernels.ssd_scan.launch import Scan, scan_backward, scan_forward
-from posttrain_kernels.ssd_scan.tiles import RUNS, Plan, Tile, candidates, choose_plan
+from posttrain_kernels.ssd_scan.tiles import RUNS, Plan, Tile, candidates
 
 from benchmarks.bench_ssd_scan import TOLERANCE, Inputs, Shape, make_inputs, reference
 from benchmarks.harness import compare
@@ -48,16 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = dtype_for(device)
     inputs = make_inputs(shape, device, dtype)
     expected = reference(inputs, backward=True)
-    default = choose_plan(
-        shape.batch * shape.heads,
-        shape.tokens,
-        shape.head,
-        shape.state,
-        dtype.itemsize,
-        64,
-        None,
-        shared_memory(device),
-    )
+    default = _chosen(inputs)
     tiles = candidates(shape.head, shape.state, dtype.itemsize)
     rows, best = [], default
     for of in options.passes:
@@ -87,6 +77,16 @@ def main(argv: list[str] | None = None) -> int:
             writer.writeheader()
             writer.writerows(rows)
     return int(any(row["default"] and row["verdict"] != "right" for row in rows))
+
+
+def _chosen(inputs: Inputs) -> Plan:
+    """What the operator chooses, its tiles as they are launched for these inputs."""
+    scan = Scan.of(*inputs.leaves, None, 64)
+    forward, backward = (
+        replace(tile, pointers=None) if scan.copied(tile, scan.x, scan.b, scan.c) else tile.by_pointers()
+        for tile in (scan.plan.forward, scan.plan.backward)
+    )
+    return replace(scan.plan, forward=forward, backward=backward)
 
 
 def _plans(of: str, best: Plan, tiles: dict[str, list[Tile]], tokens: int) -> list[Plan]:

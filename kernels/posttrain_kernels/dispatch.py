@@ -12,8 +12,6 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .sizes import HOPPER_SHARED_MEMORY
-
 P, R = ParamSpec("P"), TypeVar("R")
 
 
@@ -52,9 +50,7 @@ def nvidia_generation(device: torch.device) -> int:
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program of Triton's may have; a Hopper card's for the interpreter."""
-    if device.type != "cuda":
-        return HOPPER_SHARED_MEMORY
+    """Bytes of shared memory that a program may have on a tensor's CUDA device, as Triton counts them."""
     from triton.runtime import driver
 
     return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]

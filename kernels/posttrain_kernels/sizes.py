@@ -1,8 +1,5 @@
 """Arithmetic of launches on plain numbers. Triton's own serves kernels' constants too and takes 1.5 us a call."""
 
-HOPPER_SHARED_MEMORY = 227 * 1024
-"""Bytes that one program may have on Hopper."""
-
 
 def cdiv(a: int, b: int) -> int:
     """a over b, rounded up."""

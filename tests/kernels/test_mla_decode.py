@@ -6,8 +6,14 @@ import pytest
 import torch
 from kernel_cases import randn, relative_error
 from posttrain_kernels.mla_decode import mla_decode
-from posttrain_kernels.mla_decode.tiles import MULTIPROCESSORS, TILES, Tile, choose_splits, choose_tile
-from posttrain_kernels.sizes import HOPPER_SHARED_MEMORY
+from posttrain_kernels.mla_decode.tiles import (
+    MULTIPROCESSORS,
+    SHARED_MEMORY,
+    TILES,
+    Tile,
+    choose_splits,
+    choose_tile,
+)
 
 STARTS, LENGTH, CAPACITY = torch.tensor([0, 2, 6, 7]), torch.tensor([7]), 9
 RANK, ROPE, HEADS = 16, 32, 5
@@ -69,7 +75,7 @@ def test_a_tile_fits_a_multiprocessor(heads, rank, rope):
     assert tile.heads >= min(heads, 16) and tile.heads * width <= 128 * 32 * tile.warps
     assert tile.stages >= 2 and tile.slots >= 32
     memory = tile.shared_memory(2 * width, 2 * rope)
-    assert 2 * (width + rope) * tile.slots * tile.stages + 2 * width * tile.heads < memory <= HOPPER_SHARED_MEMORY
+    assert 2 * (width + rope) * tile.slots * tile.stages + 2 * width * tile.heads < memory <= SHARED_MEMORY
 
 
 def test_sizes_of_the_target_keep_their_gluon_tiles():

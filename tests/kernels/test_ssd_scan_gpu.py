@@ -87,6 +87,16 @@ def test_slices_of_one_projection_through_the_copy_engine(head, state, poison_em
     compare(tensors, plan=replace(chosen, forward=forward, backward=backward))
 
 
+@pytest.mark.parametrize("length", [256, 250])
+@pytest.mark.parametrize(("head", "state"), [(32, 32), (64, 32), (32, 64), (64, 128), (128, 64), (32, 128), (128, 32)])
+def test_the_chosen_tiles_of_mixed_widths(head, state, length, poison_empty):
+    """As launch shapes are chosen: what is carried by the copy engine differs from width to width."""
+    tensors = inputs(
+        (2, 2, 8), rows=2, length=length, heads=8, head=head, state=state, dtype=torch.bfloat16, decay=0.05
+    )
+    compare(tensors, documents(2, length, 70, 128))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_strong_decays_among_weak_ones(dtype, poison_empty):
     tensors = inputs((2, 2, 8), length=300, heads=8, head=64, state=64, dtype=dtype)
@@ -102,7 +112,7 @@ WIDTHS = [(64, 64), (128, 128)]
 
 
 def tiles(of: str) -> list[tuple[tuple[int, int], Tile, torch.dtype]]:
-    """Widths, tile and type of everything that may be chosen for a pass."""
+    """Widths, tile and type of everything that may be chosen for a pass at widths of 64 and 128."""
     cases = [(width, torch.bfloat16) for width in WIDTHS] + [((64, 64), torch.float32)]
     found = [(width, tile, dtype) for width, dtype in cases for tile in candidates(*width, dtype.itemsize)[of]]
     less = {"forward": [FORWARD_IN_LESS], "backward": BACKWARD_IN_LESS.values()}.get(of, [])

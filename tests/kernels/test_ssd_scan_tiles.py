@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from posttrain_kernels.ssd_scan.tiles import (
     MULTIPROCESSORS,
     RUN,
@@ -19,6 +20,7 @@ from posttrain_kernels.ssd_scan.tiles import (
     choose_run,
     choose_segment,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.mark.parametrize("head", WIDTHS)
@@ -62,22 +64,37 @@ def test_backward_has_runs_where_whole_rows_leave_places_free():
     assert few.segment is not None and few.run is None, "segments are the runs"
 
 
-def test_wide_heads_take_less_where_a_card_has_less_shared_memory():
-    def plan(shared_memory: int, width: int = 128) -> Plan:
+def test_wide_heads_take_less_on_cards_other_than_hopper():
+    def plan(shared_memory: int | None, width: int = 128) -> Plan:
         return choose_plan(256, 4096, width, width, 2, 64, None, shared_memory)
 
-    hopper, ampere, ada = (plan(kib * 1024) for kib in (227, 163, 99))
-    assert hopper == choose_plan(256, 4096, 128, 128, 2, 64)
+    hopper, blackwell, ampere, ada = (plan(kib and kib * 1024) for kib in (None, 227, 163, 99))
+    assert blackwell == ampere, "a Hopper card's bytes, but less of another memory"
     assert hopper.backward.chunk > ampere.backward.chunk > ada.backward.chunk
     assert not any(tile.tma for less in (ampere, ada) for tile in (less.forward, less.backward))
-    assert plan(99 * 1024, 64) == plan(227 * 1024, 64)
+    assert plan(99 * 1024, 64) == plan(None, 64)
+
+
+@pytest.mark.parametrize(
+    ("generation", "kib", "hopper", "limit"), [(8, 99, False, 255), (9, 227, True, None), (12, 99, False, None)]
+)
+def test_a_launch_asks_what_card_it_is_on(generation, kib, hopper, limit, monkeypatch):
+    launch = pytest.importorskip("posttrain_kernels.ssd_scan.launch")
+    monkeypatch.setattr(launch, "nvidia_generation", lambda device: generation)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: kib * 1024)
+    with FakeTensorMode():
+        x = torch.empty(2, 64, 4, 128, dtype=torch.bfloat16, device="cuda:0")
+        scan = launch.Scan.of(x, torch.empty(2, 64, 4, device="cuda:0"), torch.empty(4), x, x, None, None, 64)
+    assert scan.plan == choose_plan(8, 64, 128, 128, 2, 64, 2, None if hopper else kib * 1024)
+    assert scan.options.get("maxnreg") == limit
 
 
 def test_the_wider_of_head_and_state_decides():
     square = {width: choose_plan(256, 4096, width, width, 2, 64) for width in (64, 128)}
-    for head, state in ((64, 128), (128, 64), (16, 128), (32, 64)):
+    for head, state in ((64, 128), (128, 64), (16, 128), (32, 64), (64, 32)):
         plan, wide = choose_plan(256, 4096, head, state, 2, 64), square[max(head, state)]
         assert (plan.backward.chunk, plan.backward.warps) == (wide.backward.chunk, wide.backward.warps)
+        assert plan.backward.tma_out == (min(head, state) >= 32)
         assert plan.forward.stages in (wide.forward.stages, wide.forward.pointers)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
-from ..sizes import HOPPER_SHARED_MEMORY
-
 WIDEST = 512
 """Widest latent of the kernels."""
+SHARED_MEMORY = 227 * 1024
+"""Bytes of a program on Hopper."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200. On another card only the choice of splits is less even."""
 PROGRAM_TILES = 1.5
@@ -57,7 +57,7 @@ class Tile:
     def fitted(self, latent: int, rope: int) -> Tile:
         """Fewer stages, and then fewer slots, where such rows need more shared memory than there is."""
         tile = self
-        while tile.shared_memory(latent, rope) > HOPPER_SHARED_MEMORY:
+        while tile.shared_memory(latent, rope) > SHARED_MEMORY:
             if tile.stages > 2:
                 tile = replace(tile, stages=tile.stages - 1)
             elif tile.gluon:

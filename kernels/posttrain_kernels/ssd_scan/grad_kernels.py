@@ -81,8 +81,8 @@ def chunk_grad_kernel(
     dd = tl.zeros([L], tl.float32)
     b_earlier = tl.where(at[None, :] < at[:, None], 1.0, 0.0).to(TYPE)  # [t, u], in shared memory from here on
     begin = part * length
-    # Statements in the order of which a compiler search said that nothing is spilled (sm_90, P = N = L = 64). Addresses
-    # and descriptors of all tiles, kept over the loop, would take more registers than there are.
+    # Statements in an order, found by a search, in which nothing is spilled (sm_90, P = N = L = 64, neither PACKED nor
+    # FIRST). Addresses and descriptors of all tiles, kept over the loop, would take more registers than there are.
     for i in tl.range(0, tl.minimum(length, chunks - begin), disable_licm=True):
         chunk = line * chunks + begin + i
         start = (begin + i).to(tl.int64) * L

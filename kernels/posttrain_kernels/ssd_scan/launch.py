@@ -67,7 +67,7 @@ class Scan:
         lines, (tokens, _, head) = dt.shape[0] * dt.shape[2], x.shape[1:]
         loaded = max(tensor.element_size() for tensor in (x, b, c))
         sizes = (lines, tokens, head, b.shape[-1], operands.itemsize, chunk, loaded)
-        plan = plan or choose_plan(*sizes, shared_memory(x.device))
+        plan = plan or choose_plan(*sizes, None if is_hopper(x) else shared_memory(x.device))
         return cls(x, dt, a.contiguous(), b, c, None if d is None else d.contiguous(), documents, plan, operands)
 
     @cached_property
@@ -105,7 +105,9 @@ class Scan:
         precision = "tf32" if self.x.dtype == self.b.dtype == self.c.dtype == torch.float16 else "tf32x3"
         shares = (heads // tensor.shape[2] for tensor in (self.x, self.b, self.c))
         options = dict(zip(("X_SHARE", "B_SHARE", "C_SHARE"), shares, strict=True), H=heads, P=head, N=state)
-        return options | dict(PACKED=self.documents is not None, TYPE=element, PRECISION=precision)
+        # For Ampere the compiler else gives up on registers: 32 a thread and all else in memory (Triton 3.6).
+        limit = dict(maxnreg=255) if 0 < nvidia_generation(self.x.device) < 9 else {}
+        return options | dict(PACKED=self.documents is not None, TYPE=element, PRECISION=precision) | limit
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -322,6 +324,11 @@ def _sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
 def has_copy_engine(tensor: Tensor) -> bool:
     """Hopper and later; the interpreter on a CPU has one too."""
     return not tensor.is_cuda or nvidia_generation(tensor.device) >= 9
+
+
+def is_hopper(tensor: Tensor) -> bool:
+    """Whether launch shapes are those timed on an H200; the interpreter takes them too."""
+    return not tensor.is_cuda or nvidia_generation(tensor.device) == 9
 
 
 def boxed(tma: bool, tensor: Tensor, chunk: int, width: int | None = None) -> Tensor | TensorDescriptor:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from ..sizes import HOPPER_SHARED_MEMORY
-
 WIDTHS = (16, 32, 64, 128)
 """Head and state widths of the kernels."""
 MULTIPROCESSORS = 132
@@ -46,7 +44,7 @@ class Tile:
 
     @property
     def resident(self) -> int:
-        """Programs of a multiprocessor while each thread has as many registers as there can be."""
+        """Programs of a multiprocessor by their registers, as many a thread as there can be; of shared memory aside."""
         return max(1, 8 // self.warps)
 
     def in_flight(self, carried: bool) -> int:
@@ -101,11 +99,12 @@ BACKWARD = {
     64: Tile(64, 128, 4, 2, tma=True, tma_out=True),
     128: Tile(64, 128, 8, 2, tma=True, tma_out=True),
 }
-"""By the wider of P and N (at most), for 16-bit operands, timed on an H200 (`scripts/tune_ssd_scan.py`)."""
+"""By the wider of P and N (at most), for 16-bit operands, timed on an H200 where both are as wide
+(`scripts/tune_ssd_scan.py`)."""
 FORWARD_IN_LESS = FORWARD[128].by_pointers()
 BACKWARD_IN_LESS = {120 * 1024: Tile(32, 128, 8, 1), 0: Tile(16, 128, 4, 1)}
-"""At widths of 128 where a program may not have a Hopper card's shared memory, by what it may have at least: an A100's,
-and 100 KiB. What fits by what the compiler says; not timed."""
+"""At widths of 128 on other cards, by the shared memory that a program may have at least: A100, B200; and cards that
+have 82 KiB. What fits by what the compiler says, not timed. (The tile above takes more than a B200's tensor memory.)"""
 WIDE_ELEMENTS = (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 128, 8, 1))
 """Forward, states and backward where products have fp32 operands: right, not fast."""
 
@@ -119,16 +118,16 @@ def choose_plan(
     itemsize: int,
     chunk: int,
     loaded: int | None = None,
-    shared_memory: int = HOPPER_SHARED_MEMORY,
+    shared_memory: int | None = None,
 ) -> Plan:
     """The plan for `lines` rows times heads, P = `head` and N = `state`.
 
-    Operands of products have `itemsize` bytes; inputs are `loaded` with as many or more. A program may have
-    `shared_memory` bytes.
+    Operands of products have `itemsize` bytes; inputs are `loaded` with as many or more. `shared_memory`: bytes that a
+    program may have on a card other than Hopper's.
     """
     widest = next(width for width in FORWARD if max(head, state) <= width)
     chosen = (FORWARD[widest], STATES, BACKWARD[widest]) if itemsize == 2 else WIDE_ELEMENTS
-    if itemsize == 2 and widest == 128 and shared_memory < HOPPER_SHARED_MEMORY:
+    if itemsize == 2 and widest == 128 and shared_memory is not None:
         less = next(tile for least, tile in BACKWARD_IN_LESS.items() if shared_memory >= least)
         chosen = (FORWARD_IN_LESS, STATES, less)
     forward, states, backward = (tile.cut(chunk, head) for tile in chosen)
